@@ -1,0 +1,1 @@
+"""Linux KVM's vCPU as a citizen of asyncio."""

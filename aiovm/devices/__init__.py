@@ -1,0 +1,1 @@
+"""The emulated devices, one chip a module."""

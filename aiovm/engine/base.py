@@ -1,0 +1,187 @@
+"""The engine protocol: how a CPU is asked to run, and how it asks back.
+
+Two sides meet here. The *engine* runs guest code in bounded slices (:class:`Engine`, one a machine;
+:class:`Context`, one a vCPU). The *guest port* (:class:`GuestPort`, the vCPU) answers what the guest does that
+is not plain computing; those calls are made from inside a slice, must not wait and must not raise.
+
+Real machine code (``engine/unicorn``) and guests written as Python generators (``engine/model``) are two
+engines behind this one protocol; the scheduler and the vCPU know no other.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import MutableSequence
+
+    from aiovm.exits import Exit
+
+__all__ = ["Context", "CpuState", "DescriptorTable", "Engine", "GuestPort", "Reg", "Seg", "Segment"]
+
+
+class Reg(enum.IntEnum):
+    """General registers in hardware encoding order (note: CX, DX, BX)."""
+
+    RAX = 0
+    RCX = 1
+    RDX = 2
+    RBX = 3
+    RSP = 4
+    RBP = 5
+    RSI = 6
+    RDI = 7
+    R8 = 8
+    R9 = 9
+    R10 = 10
+    R11 = 11
+    R12 = 12
+    R13 = 13
+    R14 = 14
+    R15 = 15
+
+
+class Seg(enum.IntEnum):
+    """Segment registers in hardware encoding order, then the two system ones."""
+
+    ES = 0
+    CS = 1
+    SS = 2
+    DS = 3
+    FS = 4
+    GS = 5
+    LDTR = 6
+    TR = 7
+
+
+class Segment(NamedTuple):
+    """A segment register with its hidden part.
+
+    ``limit`` is in bytes (granularity applied). ``flags`` are the descriptor's second word as it stands in
+    memory, bits 23:20 and 15:8: type 11:8, S 12, DPL 14:13, P 15, AVL 20, L 21, D/B 22, G 23 (SDM 3A, 3.4.5).
+    """
+
+    selector: int
+    base: int
+    limit: int
+    flags: int
+
+    @property
+    def type(self) -> int:
+        """Bits 11:8."""
+        return self.flags >> 8 & 0xF
+
+    @property
+    def dpl(self) -> int:
+        """Bits 14:13."""
+        return self.flags >> 13 & 3
+
+    @property
+    def present(self) -> bool:
+        """Bit 15."""
+        return bool(self.flags & 0x8000)
+
+    @property
+    def long(self) -> bool:
+        """Bit 21, L: 64-bit code."""
+        return bool(self.flags & 0x20_0000)
+
+    @property
+    def default_big(self) -> bool:
+        """Bit 22, D/B: 32-bit code or stack."""
+        return bool(self.flags & 0x40_0000)
+
+
+class DescriptorTable(NamedTuple):
+    """GDTR or IDTR."""
+
+    base: int
+    limit: int
+
+
+class CpuState(Protocol):
+    """The architectural state of one vCPU, as the mechanisms read and write it.
+
+    Writes are *state loads*: nothing is checked and nothing faults; derived state (CPL and size bits, TLB) follows.
+    """
+
+    #: Sixteen general registers, indexed by :class:`Reg`; writing stores 64 bits.
+    gpr: MutableSequence[int]
+    rip: int
+    rflags: int
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    efer: int
+    #: Current privilege level, 0–3.
+    cpl: int
+    #: An STI or MOV-SS shadow covers the next instruction.
+    interrupt_shadow: bool
+    gdt: DescriptorTable
+    idt: DescriptorTable
+
+    def segment(self, which: Seg) -> Segment: ...
+    def set_segment(self, which: Seg, value: Segment) -> None: ...
+    def get_dr(self, index: int) -> int: ...
+    def set_dr(self, index: int, value: int) -> None: ...
+
+
+class GuestPort(Protocol):
+    """What a vCPU answers, from inside a slice. RIP is at the instruction; the engine moves it on afterwards
+    unless the answer was a fault (``None`` or False where the signature allows it), which the port has then
+    already injected or queued.
+
+    Every call is plain code: it may change the vCPU's state, lower the slice's limit through the clock, or ask
+    the engine to leave (:meth:`Engine.leave`); it must not wait.
+    """
+
+    def on_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]: ...
+    def on_rdmsr(self, index: int) -> int | None: ...
+    def on_wrmsr(self, index: int, value: int) -> bool: ...
+    def on_rdtsc(self) -> int: ...
+    def on_in(self, port: int, size: int) -> int: ...
+    def on_out(self, port: int, size: int, value: int) -> None: ...
+    def on_mmio_read(self, gpa: int, size: int) -> int: ...
+    def on_mmio_write(self, gpa: int, size: int, value: int) -> None: ...
+    def on_hypercall(self) -> None: ...
+    def on_cr_read(self, register: int) -> int | None: ...
+    def on_cr_write(self, register: int, value: int) -> bool: ...
+    def on_exception(self, vector: int, error_code: int | None, address: int) -> None: ...
+    def on_soft_interrupt(self, vector: int, length: int) -> None: ...
+    def on_irq_window(self) -> None: ...
+    def on_hlt(self) -> None: ...
+    def on_pause_loop(self) -> None: ...
+
+
+class Context(Protocol):
+    """One vCPU's place in an engine."""
+
+    @property
+    def state(self) -> CpuState: ...
+
+    def reset(self, *, init: bool) -> None:
+        """Power-on state, or INIT's (``init``; SDM vol. 3A, table 10-1): caches and FPU survive INIT."""
+
+    def run(self, limit: int) -> Exit:
+        """Run until the clock's cell reaches ``limit`` (ns), an exit leaves, or somebody kicks. Never waits."""
+
+    def request_irq_window(self, wanted: bool) -> None:
+        """Ask for :meth:`GuestPort.on_irq_window` as soon as the guest can take an interrupt."""
+
+    def flush_tlb(self) -> None: ...
+
+
+class Engine(Protocol):
+    """One machine's CPU engine."""
+
+    def create_context(self, index: int, port: GuestPort) -> Context: ...
+
+    def kick(self) -> None:
+        """End the running slice soon, from any thread."""
+
+    def leave(self, exit_: Exit) -> None:
+        """From inside a port's answer: end the slice after this instruction with ``exit_``."""
+
+    def close(self) -> None: ...

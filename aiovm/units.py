@@ -1,0 +1,70 @@
+"""Units at the edge: what people write (``6ms``, ``64M``) becomes integers, and back.
+
+Inside, time is integer nanoseconds and sizes are integer bytes. Nothing here is a float: a fraction in the
+text is read as a decimal and must come out whole.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from aiovm.errors import ConfigError
+
+__all__ = ["GIB", "KIB", "MIB", "MS", "SEC", "US", "format_ns", "parse_duration", "parse_size"]
+
+US = 1_000
+MS = 1_000_000
+SEC = 1_000_000_000
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|µs|ms|s|min)\s*")
+_DURATION_UNITS = {"ns": 1, "us": US, "µs": US, "ms": MS, "s": SEC, "min": 60 * SEC}
+_SIZE = re.compile(r"\s*(\d+)\s*(|[KMG])(?:i?B)?\s*", re.IGNORECASE)
+_SIZE_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB}
+
+
+def parse_duration(text: str) -> int:
+    """Nanoseconds in ``text``: a number and one of ``ns us µs ms s min``.
+
+    >>> parse_duration("6ms"), parse_duration("1.5us")
+    (6000000, 1500)
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"bad duration {text!r}: write a number and a unit (ns, us, ms, s or min), as in 6ms"
+        )
+    value = Decimal(match[1]) * _DURATION_UNITS[match[2]]
+    if value != value.to_integral_value():
+        raise ConfigError(f"bad duration {text!r}: finer than a nanosecond")
+    return int(value)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``text``: a whole number and one of ``K M G`` (powers of 1024), or none.
+
+    >>> parse_size("64M")
+    67108864
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"bad size {text!r}: write a whole number and K, M or G, as in 64M")
+    return int(match[1]) * _SIZE_UNITS[match[2].upper()]
+
+
+def format_ns(ns: int) -> str:
+    """``ns`` for people: three significant digits and a unit.
+
+    >>> format_ns(1_234_567)
+    '1.23 ms'
+    """
+    for unit, name in ((SEC, "s"), (MS, "ms"), (US, "µs")):
+        if abs(ns) >= unit:
+            value = ns / unit
+            digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+            return f"{value:.{digits}f} {name}"
+    return f"{ns} ns"
