@@ -16,9 +16,9 @@ __all__ = [
     "CrAccess",
     "Debug",
     "EngineFault",
-    "Exception_",
     "Exit",
     "ExitReason",
+    "GuestException",
     "Hlt",
     "Hypercall",
     "Interrupted",
@@ -151,7 +151,7 @@ class Hypercall:
 
 
 @dataclass(frozen=True, slots=True)
-class Exception_:
+class GuestException:
     """The guest raised ``vector``; ``address`` is CR2's new value for a page fault."""
 
     vector: int
@@ -201,7 +201,7 @@ Exit = (
     | Tsc
     | CrAccess
     | Hypercall
-    | Exception_
+    | GuestException
     | IrqWindow
     | Debug
     | Shutdown

@@ -33,7 +33,7 @@ PAGE = 4096
 _PAGE_MASK = PAGE - 1
 
 
-class NoMemory(Exception):  # noqa: N818  (an answer for callers inside aiovm, never shown to users)
+class NoMemory(Exception):
     """No slot backs the address (or, for a write, the slot is read-only)."""
 
     def __init__(self, gpa: int) -> None:
@@ -121,9 +121,7 @@ class GuestMemory:
             self._publish(tuple(s for s in self.map.slots if s is not old))
             return None
         if base & _PAGE_MASK or size & _PAGE_MASK or base < 0 or size < 0 or base + size > 1 << 52:
-            raise ConfigError(
-                f"memslot {slot_id}: {base:#x}+{size:#x} is not a range of whole pages (EINVAL)"
-            )
+            raise ConfigError(f"memslot {slot_id}: {base:#x}+{size:#x} is not a range of whole pages (EINVAL)")
         others = tuple(s for s in self.map.slots if s is not old)
         for other in others:
             if base < other.end and other.base < base + size:
@@ -140,14 +138,10 @@ class GuestMemory:
             host = mmap.mmap(-1, size) if backing is None else backing
             view = memoryview(host).cast("B")
             if view.readonly or len(view) < size:
-                raise ConfigError(
-                    f"memslot {slot_id}: backing must be writable and {size:#x} bytes long (EINVAL)"
-                )
+                raise ConfigError(f"memslot {slot_id}: backing must be writable and {size:#x} bytes long (EINVAL)")
             view = view[:size]
             address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-            new = Memslot(
-                slot_id, base, size, flags, view, view.cast("Q"), address, _bitmap(size, flags, None)
-            )
+            new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, _bitmap(size, flags, None))
         self._publish((*others, new))
         return new
 

@@ -35,9 +35,7 @@ def parse_duration(text: str) -> int:
     """
     match = _DURATION.fullmatch(text)
     if match is None:
-        raise ConfigError(
-            f"bad duration {text!r}: write a number and a unit (ns, us, ms, s or min), as in 6ms"
-        )
+        raise ConfigError(f"bad duration {text!r}: write a number and a unit (ns, us, ms, s or min), as in 6ms")
     value = Decimal(match[1]) * _DURATION_UNITS[match[2]]
     if value != value.to_integral_value():
         raise ConfigError(f"bad duration {text!r}: finer than a nanosecond")
