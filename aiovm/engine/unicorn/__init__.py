@@ -1,0 +1,5 @@
+"""Real x86 machine code on Unicorn 2.1.4."""
+
+from aiovm.engine.unicorn.engine import UnicornContext, UnicornEngine
+
+__all__ = ["UnicornContext", "UnicornEngine"]

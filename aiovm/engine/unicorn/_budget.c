@@ -1,0 +1,92 @@
+/* The block-budget hook: virtual time advances by the code bytes of each translated block, and the slice ends
+ * before the block that would start at or after its limit. PAUSEs are counted here, so that a spinning vCPU
+ * crosses into Python only when its pause-loop window closes. budget.py holds the same rules in Python; both
+ * stop at the same blocks.
+ *
+ * No third-party header: Unicorn's functions come as addresses in the shared structure. */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <stdint.h>
+
+typedef struct {
+    volatile int64_t *cells; /* now, limit: ns */
+    int64_t rate;            /* 1/256 ns a code byte */
+    int64_t frac;            /* carried 1/256 ns, of the running vCPU */
+    int64_t blocks, stops, pauses;
+    int64_t pause_cost;      /* ns a PAUSE */
+    int64_t ple_gap;         /* ns: longest time between PAUSEs of one loop */
+    int64_t ple_window;      /* ns: longest loop; negative: pause-loop exiting is off */
+    int64_t ple_first, ple_last;
+    volatile uint16_t *exit_pending; /* non-zero: the core leaves before this block */
+    uint64_t *eip;           /* null on the public path: every exit goes to Python */
+    uint32_t *hflags;
+    int (*stop)(void *);
+    void (*interrupt)(void *, uint32_t, void *);
+} budget;
+
+enum { PAUSE = 0x177, INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15 };
+
+static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
+{
+    budget *b = data;
+    int64_t now, charge;
+    (void)address;
+    if (*b->exit_pending)
+        return;
+    now = b->cells[0];
+    if (now >= b->cells[1]) {
+        b->stops++;
+        b->stop(uc);
+        return;
+    }
+    b->blocks++;
+    charge = b->frac + (int64_t)size * b->rate;
+    b->cells[0] = now + (charge >> 8);
+    b->frac = charge & 255;
+}
+
+static void on_interrupt(void *uc, uint32_t number, void *data)
+{
+    budget *b = data;
+    if (number == PAUSE && b->eip) {
+        int64_t now = b->cells[0], end = now + b->pause_cost;
+        uint64_t next = *b->eip + 2;
+        b->pauses++;
+        b->cells[0] = end;
+        *b->eip = *b->hflags & CS64 ? next : (uint32_t)next;
+        *b->hflags &= ~(uint32_t)INHIBIT_IRQ;
+        if (b->ple_window < 0 || (*b->hflags & CPL))
+            return;
+        if (now - b->ple_last > b->ple_gap)
+            b->ple_first = now;
+        b->ple_last = end;
+        if (now - b->ple_first <= b->ple_window)
+            return;
+        b->ple_first = end;
+    }
+    b->interrupt(uc, number, data);
+}
+
+static PyObject *addresses(PyObject *self, PyObject *unused)
+{
+    (void)self;
+    (void)unused;
+    return Py_BuildValue("(KKn)", (unsigned long long)(uintptr_t)on_block,
+                         (unsigned long long)(uintptr_t)on_interrupt, (Py_ssize_t)sizeof(budget));
+}
+
+static PyMethodDef methods[] = {
+    {"addresses", addresses, METH_NOARGS,
+     "The addresses of the block hook and the interrupt hook, and the size of the structure they share."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_budget", "The native block-budget hook.", -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__budget(void)
+{
+    return PyModule_Create(&module);
+}

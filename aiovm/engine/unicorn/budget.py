@@ -1,0 +1,160 @@
+"""The slice's budget: the structure that the block hook shares, and the hook's Python twin.
+
+Rules (both hooks follow them; tests compare them):
+
+* Time is charged when a block starts, ``size`` code bytes at ``rate``/256 ns, the fraction carried along. The limit is
+  tested first, and nothing is charged when the slice stops or when the core is about to leave before the block:
+  so overshoot stays below one block, and neither caches nor translation history can be seen in the time.
+* A PAUSE costs ``pause_cost`` and is stepped over. At CPL 0, PAUSEs closer than ``ple_gap`` (end of one to start of the
+  next) belong to one loop; when a loop has lasted longer than ``ple_window`` the pause-loop exit is reported and a
+  new loop begins (SDM vol. 3C, 25.1.3; the sheet *halt-and-spin* §2).
+
+``NATIVE`` says whether the C extension was built.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64, c_void_p
+from typing import TYPE_CHECKING, Final
+
+from aiovm.engine.unicorn import lib
+from aiovm.engine.unicorn.layout import Hf, Intercept
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+try:
+    from aiovm.engine.unicorn import _budget  # type: ignore[attr-defined,unused-ignore]
+except ImportError:  # no compiler when the package was installed
+    _budget = None
+
+__all__ = ["NATIVE", "Budget", "BudgetStruct"]
+
+NATIVE: Final[bool] = _budget is not None
+
+PAUSE: Final = 0x100 + Intercept.PAUSE
+
+
+class BudgetStruct(ctypes.Structure):
+    """Mirror of ``_budget.c``'s structure."""
+
+    _fields_ = (
+        ("cells", c_void_p),
+        ("rate", c_int64),
+        ("frac", c_int64),
+        ("blocks", c_int64),
+        ("stops", c_int64),
+        ("pauses", c_int64),
+        ("pause_cost", c_int64),
+        ("ple_gap", c_int64),
+        ("ple_window", c_int64),
+        ("ple_first", c_int64),
+        ("ple_last", c_int64),
+        ("exit_pending", c_void_p),
+        ("eip", c_void_p),
+        ("hflags", c_void_p),
+        ("stop", c_void_p),
+        ("interrupt", c_void_p),
+    )
+    if TYPE_CHECKING:
+        rate: int
+        frac: int
+        blocks: int
+        stops: int
+        pauses: int
+        pause_cost: int
+        ple_gap: int
+        ple_window: int
+        ple_first: int
+        ple_last: int
+
+
+class Budget:
+    """One engine's budget. ``native`` chooses the C hook; ``interrupt`` is Python's exit handler.
+
+    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``eip`` and ``hflags`` are addresses
+    inside the core (0 on the public path, where exits always go to Python).
+    """
+
+    def __init__(
+        self,
+        cells: memoryview,
+        *,
+        native: bool,
+        interrupt: Callable[[int, int, int], None],
+        pending: int,
+        eip: int,
+        hflags: int,
+    ) -> None:
+        self.native = native
+        self.cells = cells
+        self._quiet = ctypes.c_uint16(0)
+        s = self.struct = BudgetStruct()
+        s.cells = ctypes.addressof(ctypes.c_char.from_buffer(cells))
+        s.exit_pending = pending or ctypes.addressof(self._quiet)
+        s.eip = eip or None
+        s.hflags = hflags or None
+        s.stop = lib.address_of(lib.uc_emu_stop)
+        s.ple_window = -1
+        self._python = interrupt
+        self._interrupt = lib.HOOK_INTR_T(interrupt)
+        s.interrupt = lib.address_of(self._interrupt)
+        self.address = ctypes.addressof(s)
+        if native:
+            if _budget is None:
+                from aiovm.errors import ConfigError
+
+                raise ConfigError(
+                    "the native block hook is not built: install with a C compiler, or use the Python twin"
+                )
+            self.on_block, self.on_interrupt, size = _budget.addresses()
+            assert size == ctypes.sizeof(BudgetStruct)
+        else:
+            self._pending = ctypes.c_uint16.from_address(s.exit_pending)
+            self._eip = ctypes.c_uint64.from_address(eip) if eip else None
+            self._hflags = ctypes.c_uint32.from_address(hflags) if hflags else None
+            self._block_twin = lib.HOOK_BLOCK_T(self._twin_block)
+            self._interrupt_twin = lib.HOOK_INTR_T(self._twin_interrupt)
+            self.on_block = lib.address_of(self._block_twin)
+            self.on_interrupt = lib.address_of(self._interrupt_twin)
+
+    def _twin_block(self, uc: int, _address: int, size: int, _user: int) -> None:
+        if self._pending.value:
+            return
+        cells, s = self.cells, self.struct
+        now = cells[0]
+        if now >= cells[1]:
+            s.stops += 1
+            lib.uc_emu_stop(uc)
+            return
+        s.blocks += 1
+        charge = s.frac + size * s.rate
+        cells[0] = now + (charge >> 8)
+        s.frac = charge & 255
+
+    def _twin_interrupt(self, uc: int, number: int, user: int) -> None:
+        if number == PAUSE and self._eip is not None and self._hflags is not None:
+            flags = self._hflags.value
+            self._eip.value = self._eip.value + 2 if flags & Hf.CS64 else self._eip.value + 2 & 0xFFFF_FFFF
+            self._hflags.value = flags & ~Hf.INHIBIT_IRQ
+            if not self.pause(flags & Hf.CPL):
+                return
+        self._python(uc, number, user)
+
+    def pause(self, cpl: int) -> bool:
+        """Charge one PAUSE at ``cpl``; whether the pause-loop window closed. The core has not moved RIP for it."""
+        cells, s = self.cells, self.struct
+        now = cells[0]
+        end = now + s.pause_cost
+        s.pauses += 1
+        cells[0] = end
+        if s.ple_window < 0 or cpl:
+            return False
+        if now - s.ple_last > s.ple_gap:
+            s.ple_first = now
+        s.ple_last = end
+        if now - s.ple_first <= s.ple_window:
+            return False
+        s.ple_first = end
+        return True

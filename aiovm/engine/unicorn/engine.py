@@ -1,0 +1,729 @@
+"""Real machine code on Unicorn: one ``Uc`` a machine, one context a vCPU, intercepts answered in place.
+
+How it works. The core (QEMU 5.0.1's TCG) has AMD-V intercept checks. With HF_GUEST set in ``hflags`` and the masks
+filled in, an intercepted event arrives in the interrupt hook as ``0x100 +`` the SVM exit code, RIP at the
+instruction and the state live: the hook answers by calling the vCPU's :class:`~aiovm.engine.base.GuestPort`, and the
+guest goes on in the same slice. What must wait leaves: the port calls :meth:`UnicornEngine.leave`.
+
+Rules that keep a guest whole (each is a measured fact of this build; docs/design.md tells how):
+
+* One instance a machine, its vCPUs one at a time: LOCK is not atomic across instances, and they do not see each
+  other's code changes.
+* Slices end only from inside a hook, before a block's first instruction. Asynchronous stops re-execute half-done
+  instructions; a kick therefore lowers the limit, and the block hook stops.
+* ``no_exit_request`` is set before anything is translated, else every load and store may restart its instruction.
+* Stale translations are dropped when the host writes to guest memory that may hold code.
+* An I/O instruction is left exactly: the core's own I/O breakpoint raises #DB right behind it.
+* vCPUs with equal paging registers share the TLB's contents; others flush at the switch.
+
+A Python error in a hook would be swallowed by the C boundary: it is kept, the slice ends, and :meth:`run` raises it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from aiovm.engine.base import Reg, Seg, Segment
+from aiovm.engine.unicorn import lib
+from aiovm.engine.unicorn.budget import NATIVE, Budget
+from aiovm.engine.unicorn.layout import (
+    CONTEXT_PAYLOAD,
+    CPU_ENV,
+    CPU_ICOUNT_DECR,
+    CPU_INTERRUPT_REQUEST,
+    CPU_TO_ENV,
+    ENV_END,
+    UC_CPU,
+    UC_NO_EXIT_REQUEST,
+    VIRQ_BYTE,
+    Env,
+    Hf,
+    Hf2,
+    Intercept,
+)
+from aiovm.engine.unicorn.state import EnvState
+from aiovm.errors import EngineError
+from aiovm.exits import Budget as BudgetExit
+from aiovm.exits import EngineFault, Exit
+from aiovm.memory import PAGE, GuestMemory, MemoryMap, Memslot, SlotFlags
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiovm.engine.base import GuestPort
+
+__all__ = ["UnicornContext", "UnicornEngine"]
+
+#: Private pages of the engine, above every address that a guest can form (MAXPHYADDR is 40).
+_VMCB: Final = 1 << 50
+_VMCB_SIZE: Final = 0x8000
+_MSRPM: Final = _VMCB + 0x2000
+_EXITINFO2: Final = 0x80
+_PHYSICAL_END: Final = 1 << 40
+
+_EIP: Final = Env.EIP >> 3
+_HFLAGS: Final = Env.HFLAGS >> 2
+_EFLAGS: Final = Env.EFLAGS >> 3
+_M32: Final = 0xFFFF_FFFF
+_STOP_NOW: Final = -(1 << 62)
+_WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
+_BUDGET: Final = BudgetExit()
+_IO_VECTOR: Final = 1
+
+#: MSRs that the core holds: read without an exit, written after the port's check.
+_CORE_MSRS: Final = (
+    0x174, 0x175, 0x176, 0x277, 0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084,
+    0xC000_0100, 0xC000_0101, 0xC000_0102, 0xC000_0103,
+)  # fmt: skip
+
+
+class _MsrCell(ctypes.Structure):
+    """``uc_x86_msr``."""
+
+    _fields_ = (("rid", ctypes.c_uint32), ("value", ctypes.c_uint64))
+
+
+class UnicornContext:
+    """One vCPU on the engine (:class:`~aiovm.engine.base.Context`)."""
+
+    def __init__(self, engine: UnicornEngine, index: int, port: GuestPort) -> None:
+        self.engine = engine
+        self.index = index
+        self.port = port
+        self.buffer = bytearray(engine.template)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
+        self._state = EnvState(self._read_flags)
+        self._state.bind(memoryview(self.buffer))
+        self.window = False
+        #: Budget state of this vCPU while another one is loaded: frac, ple_first, ple_last.
+        self.carried = (0, 0, 0)
+        self.ple_window = -1
+        self.reset(init=False)
+
+    @property
+    def state(self) -> EnvState:
+        """The registers, wherever they are."""
+        return self._state
+
+    def bind(self, where: memoryview) -> None:
+        """The engine moved the registers."""
+        self._state.bind(where)
+
+    def _read_flags(self) -> int:
+        self.engine.load(self)
+        return self.engine.read_register(lib.x86.UC_X86_REG_EFLAGS)
+
+    def reset(self, *, init: bool) -> None:
+        """Power-on or INIT (SDM vol. 3A, table 10-1; KVM ``kvm_vcpu_reset``): real mode at F000:FFF0.
+
+        INIT keeps the FPU, SSE state and the MSRs; CR0 keeps CD and NW.
+        """
+        s = self._state
+        cr0 = s.cr0
+        if not init:
+            if self.engine.current is self:
+                self.engine.unload()
+            self.buffer[:] = self.engine.template
+        for register in range(16):
+            s.gpr[register] = 0
+        s.gpr[Reg.RDX] = self.engine.signature
+        s.efer = 0
+        s.cr3 = s.cr4 = s.cr2 = 0
+        s.cr0 = 0x10 | cr0 & 0x6000_0000 if init else 0x6000_0010
+        for which in (Seg.ES, Seg.SS, Seg.DS, Seg.FS, Seg.GS):
+            s.set_segment(which, Segment(0, 0, 0xFFFF, 0x9300))
+        s.set_segment(Seg.CS, Segment(0xF000, 0xFFFF_0000, 0xFFFF, 0x9B00))
+        s.set_segment(Seg.LDTR, Segment(0, 0, 0xFFFF, 0x8200))
+        s.set_segment(Seg.TR, Segment(0, 0, 0xFFFF, 0x8B00))
+        s.gdt = s.gdt._replace(base=0, limit=0xFFFF)
+        s.idt = s.idt._replace(base=0, limit=0xFFFF)
+        for index in range(4):
+            s.set_dr(index, 0)
+        s.set_dr(6, 0xFFFF_0FF0)
+        s.set_dr(7, 0x400)
+        s.rip = 0xFFF0
+        s.rflags = 2
+        s.cpl = 0
+        s.interrupt_shadow = False
+
+    def request_irq_window(self, wanted: bool) -> None:
+        self.window = wanted
+        if self.engine.current is self:
+            self.engine.apply_window(wanted)
+
+    def flush_tlb(self) -> None:
+        self._state.paging_changed = True
+
+    def read_msr(self, index: int) -> int:
+        """An MSR that the core holds (one of the SYSCALL, base, SYSENTER, EFER or PAT registers)."""
+        self.engine.load(self)
+        return self.engine.core_msr(index, None)
+
+    def write_msr(self, index: int, value: int) -> None:
+        """Store an MSR that the core holds; the caller has checked the value."""
+        self.engine.load(self)
+        self.engine.core_msr(index, value)
+
+    def run(self, limit: int) -> Exit:
+        return self.engine.run(self, limit)
+
+
+class UnicornEngine:
+    """One machine's engine.
+
+    ``memory``: the guest's physical memory, followed as it changes. ``cells``: the clock's pair (now, limit), ns.
+    ``rate``: 1/256 ns charged a code byte. ``exit_cost``: ns an exit; ``pause_cost``: ns a PAUSE. ``native``: the C block
+    hook (default: when built). ``pointers``: reach the core's state directly (default: when the proof holds).
+    ``release_gil``: let other Python threads run during a slice.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        cells: memoryview,
+        *,
+        rate: int,
+        exit_cost: int,
+        pause_cost: int,
+        ple_gap: int = 0,
+        native: bool | None = None,
+        pointers: bool | None = None,
+        release_gil: bool = False,
+    ) -> None:
+        from aiovm.engine.unicorn.proof import layout_holds
+
+        self.memory = memory
+        self.cells = cells
+        self.exit_cost = exit_cost
+        self.pointers = layout_holds() if pointers is None else pointers
+        self.native = NATIVE if native is None else native
+        self.signature = 0
+        self.current: UnicornContext | None = None
+        self.closed = False
+        self._exit: Exit | None = None
+        self._failure: BaseException | None = None
+        self._in_interrupt = False
+        self._io_leave = False
+        self._dirty_code = False
+        #: The paging registers for which the TLB's contents hold; vCPUs that share them share it.
+        self._tlb_of: tuple[int, int, int, int] | None = None
+        self._emu_start = lib.uc_emu_start if release_gil else lib.uc_emu_start_holding
+        self._keep: list[object] = []
+        self._scratch = ctypes.create_string_buffer(16)
+        self._register = ctypes.c_uint64()
+        self._register_at = ctypes.byref(self._register)
+        self._open()
+        self.budget = Budget(
+            cells,
+            native=self.native,
+            interrupt=self._on_interrupt,
+            pending=self._pending_at,
+            eip=self._env + Env.EIP if self.pointers else 0,
+            hflags=self._env + Env.HFLAGS if self.pointers else 0,
+        )
+        self.budget.struct.rate = rate
+        self.budget.struct.pause_cost = pause_cost
+        self.budget.struct.ple_gap = ple_gap
+        self._table: dict[int, Callable[[UnicornContext, int], None]] = self._handlers()
+        self._hook()
+        memory.on_change(self._remap)
+        memory.on_write(self._host_wrote)
+        self._remap(MemoryMap(), memory.map)
+
+    # ---- opening ---------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        out = ctypes.c_void_p()
+        lib.check(lib.uc_open(lib.const.UC_ARCH_X86, lib.const.UC_MODE_64, ctypes.byref(out)), "uc_open")
+        self._uc = out
+        assert out.value is not None
+        lib.ctl(out, lib.CTL_TCG_BUFFER, ctypes.c_uint32(32 << 20))
+        lib.check(lib.ctl(out, lib.CTL_EXITS_ENABLE, ctypes.c_int(1)), "enable exits")
+        for register, value in ((lib.x86.UC_X86_REG_MXCSR, 0x1F80), (lib.x86.UC_X86_REG_FPCW, 0x37F)):
+            self._register.value = value
+            lib.check(lib.uc_reg_write(out, register, self._register_at), "initial FPU state")
+        self._private = ctypes.create_string_buffer(_VMCB_SIZE + PAGE)
+        start = -(-ctypes.addressof(self._private) // PAGE) * PAGE
+        self.private = memoryview((ctypes.c_char * _VMCB_SIZE).from_address(start)).cast("B")
+        self._exitinfo2 = ctypes.c_uint64.from_address(start + _EXITINFO2)
+        lib.check(lib.uc_mem_map_ptr(out, _VMCB, _VMCB_SIZE, 3, start), "map the engine's pages")
+        self.private[0x48:0x50] = _MSRPM.to_bytes(8, "little")
+        self.private[0x2000:0x4000] = b"\xff" * 0x2000
+        for msr in _CORE_MSRS:
+            at = msr * 2 if msr < 0x2000 else (0x2000 + msr - 0xC000_0000) * 2
+            self.private[0x2000 + at // 8] &= ~(1 << at % 8)  # reads pass, writes exit
+
+        self._context = ctypes.c_void_p()
+        lib.check(lib.uc_context_alloc(out, ctypes.byref(self._context)), "allocate a context")
+        lib.check(lib.uc_context_save(out, self._context), "save the initial state")
+        assert self._context.value is not None
+        payload = (ctypes.c_char * ENV_END).from_address(self._context.value + CONTEXT_PAYLOAD)
+        self._payload = memoryview(payload).cast("B")
+        if self.pointers:
+            cpu = ctypes.c_uint64.from_address(out.value + UC_CPU).value
+            self._env = ctypes.c_uint64.from_address(cpu + CPU_ENV).value
+            assert self._env == cpu + CPU_TO_ENV
+            self._pending_at = ctypes.c_uint64.from_address(cpu + CPU_ICOUNT_DECR).value + 2
+            self._pending = ctypes.c_uint16.from_address(self._pending_at)
+            self._virq = ctypes.c_uint8.from_address(cpu + CPU_INTERRUPT_REQUEST + VIRQ_BYTE)
+            ctypes.c_uint8.from_address(out.value + UC_NO_EXIT_REQUEST).value = 1
+            self._live = memoryview((ctypes.c_char * ENV_END).from_address(self._env)).cast("B")
+        else:
+            self._env = self._pending_at = 0
+            self._live = self._payload
+        self.template = self._make_template()
+
+    def _make_template(self) -> bytes:
+        """The core's fresh state with the intercepts filled in; a context's reset starts from it."""
+        data = bytearray(self._payload)
+        view = memoryview(data)
+        q, d, h = view.cast("Q"), view.cast("I"), view.cast("H")
+        d[Env.HFLAGS2 >> 2] |= Hf2.GIF | Hf2.HIF | Hf2.VINTR
+        d[Env.HFLAGS >> 2] = Hf.GUEST | Hf.IOBPT
+        q[Env.VM_VMCB >> 3] = _VMCB
+        q[Env.INTERCEPT >> 3] = sum(
+            1 << code - 0x60
+            for code in (
+                Intercept.VINTR, Intercept.RDTSC, Intercept.RDPMC, Intercept.CPUID, Intercept.SWINT, Intercept.PAUSE,
+                Intercept.HLT, Intercept.MSR, Intercept.SHUTDOWN, Intercept.VMMCALL, Intercept.RDTSCP,
+            )
+        )  # fmt: skip
+        d[Env.INTERCEPT_EXCEPTIONS >> 2] = _M32
+        h[Env.INTERCEPT_CR_READ >> 1] = 1 << 8
+        h[Env.INTERCEPT_CR_WRITE >> 1] = 1 << 8
+        return bytes(data)
+
+    def _hook(self) -> None:
+        c, x86 = lib.const, lib.x86
+
+        def add(kind: int, callback: int, *extra: ctypes.c_int) -> None:
+            lib.check(lib.hook_add(self._uc, kind, callback, self.budget.address, *extra), f"hook {kind}")
+
+        def keep(function: ctypes._FuncPointer) -> int:
+            self._keep.append(function)
+            return lib.address_of(function)
+
+        add(c.UC_HOOK_BLOCK, self.budget.on_block)
+        add(c.UC_HOOK_INTR, self.budget.on_interrupt)
+        add(c.UC_HOOK_INSN, keep(lib.HOOK_IN_T(self._on_in)), ctypes.c_int(x86.UC_X86_INS_IN))
+        add(c.UC_HOOK_INSN, keep(lib.HOOK_OUT_T(self._on_out)), ctypes.c_int(x86.UC_X86_INS_OUT))
+        add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_syscall)), ctypes.c_int(x86.UC_X86_INS_SYSCALL))
+
+    # ---- memory ------------------------------------------------------------------------------------------------
+
+    def _remap(self, old: MemoryMap, new: MemoryMap) -> None:
+        """Follow the memory map: slots become host memory, all else calls the port."""
+        for low, high, _ in _layout(old) if old.slots else ():
+            lib.check(lib.uc_mem_unmap(self._uc, low, high - low), f"unmap {low:#x}")
+        self._mmio: list[object] = []
+        for low, high, slot in _layout(new):
+            if slot is None:
+                read, write = lib.MMIO_READ_T(self._mmio_read(low)), lib.MMIO_WRITE_T(self._mmio_write(low))
+                self._mmio += (read, write)
+                error = lib.uc_mmio_map(
+                    self._uc, low, high - low, lib.address_of(read), None, lib.address_of(write), None
+                )
+            else:
+                rights = 5 if slot.flags & SlotFlags.READONLY else 7
+                error = lib.uc_mem_map_ptr(self._uc, low, high - low, rights, slot.host_address)
+            lib.check(error, f"map {low:#x}+{high - low:#x}")
+        if self.current is not None:
+            self.current.state.paging_changed = True
+        self._dirty_code = True
+
+    def _host_wrote(self, _gpa: int, _length: int) -> None:
+        self._dirty_code = True
+
+    def _mmio_read(self, base: int) -> Callable[[int, int, int, int], int]:
+        def read(_uc: int, offset: int, size: int, _user: int) -> int:
+            try:
+                self.cells[0] += self.exit_cost
+                assert self.current is not None
+                return self.current.port.on_mmio_read(base + offset, size) & (1 << 8 * size) - 1
+            except BaseException as error:
+                self._fail(error)
+                return 0
+
+        return read
+
+    def _mmio_write(self, base: int) -> Callable[[int, int, int, int, int], None]:
+        def write(_uc: int, offset: int, size: int, value: int, _user: int) -> None:
+            try:
+                self.cells[0] += self.exit_cost
+                assert self.current is not None
+                self.current.port.on_mmio_write(base + offset, size, value & (1 << 8 * size) - 1)
+            except BaseException as error:
+                self._fail(error)
+
+        return write
+
+    # ---- contexts ------------------------------------------------------------------------------------------------
+
+    def create_context(self, index: int, port: GuestPort) -> UnicornContext:
+        return UnicornContext(self, index, port)
+
+    def load(self, context: UnicornContext) -> None:
+        """Make ``context`` the one whose state is in the core."""
+        if self.current is context:
+            return
+        self.unload()
+        self._live[:] = context.buffer
+        context.bind(self._live)
+        self.current = context
+        s = self.budget.struct
+        s.frac, s.ple_first, s.ple_last = context.carried
+        s.ple_window = context.ple_window
+        if not self.pointers:
+            lib.check(lib.uc_context_restore(self._uc, self._context), "restore")
+        if _paging_key(context.state) != self._tlb_of:
+            context.state.paging_changed = True
+
+    def unload(self) -> None:
+        """Take the loaded vCPU's state out of the core."""
+        context = self.current
+        if context is None:
+            return
+        if not context.state.paging_changed:
+            self._tlb_of = _paging_key(context.state)
+        context.buffer[:] = self._live
+        context.bind(memoryview(context.buffer))
+        s = self.budget.struct
+        context.carried = (s.frac, s.ple_first, s.ple_last)
+        self.current = None
+
+    def read_register(self, register: int) -> int:
+        """A register of the loaded vCPU by Unicorn's number."""
+        self._register.value = 0
+        lib.check(lib.uc_reg_read(self._uc, register, self._register_at), "read a register")
+        return self._register.value
+
+    def core_msr(self, index: int, value: int | None) -> int:
+        """Read or write an MSR inside the core, for the loaded vCPU."""
+        cell = _MsrCell(index, value or 0)
+        call = lib.uc_reg_read if value is None else lib.uc_reg_write
+        lib.check(call(self._uc, lib.x86.UC_X86_REG_MSR, ctypes.byref(cell)), f"MSR {index:#x}")
+        if value is not None:
+            self._sync_in()
+        return int(cell.value)
+
+    def apply_window(self, wanted: bool) -> None:
+        """Open or close the interrupt window of the loaded vCPU."""
+        if self.pointers:
+            self._virq.value = 1 if wanted else 0
+            if wanted:
+                self._pending.value = 0xFFFF
+
+    def _sync_in(self) -> None:
+        if not self.pointers:
+            lib.check(lib.uc_context_save(self._uc, self._context), "save")
+
+    def _sync_out(self) -> None:
+        if not self.pointers:
+            lib.check(lib.uc_context_restore(self._uc, self._context), "restore")
+
+    # ---- running ---------------------------------------------------------------------------------------------------
+
+    def run(self, context: UnicornContext, limit: int) -> Exit:
+        """One slice of ``context``; see :meth:`aiovm.engine.base.Context.run`."""
+        self.load(context)
+        state = context.state
+        if self._dirty_code:
+            self._dirty_code = False
+            lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
+        if state.paging_changed:
+            state.paging_changed = False
+            self._sync_out()
+            lib.uc_ctl_0(self._uc, lib.CTL_TLB_FLUSH)
+        self.budget.struct.ple_window = context.ple_window
+        self.apply_window(context.window)
+        self.cells[1] = limit
+        self._exit = None
+        if self.pointers:
+            error = self._emu_start(self._uc, state.q[_EIP], 0, 0, 0)
+        else:
+            error = self._run_public(context, limit)
+        if self._failure is not None:
+            self._raise_failure()
+        if self._exit is not None:
+            return self._exit
+        if error:
+            return EngineFault(error, str(lib.UcError(error)))
+        return _BUDGET
+
+    def _run_public(self, context: UnicornContext, limit: int) -> int:
+        """Without pointers there is no interrupt window: look at IF every 500 ns of guest time instead."""
+        cells = self.cells
+        while True:
+            cells[1] = min(limit, cells[0] + 500) if context.window else limit
+            self._sync_out()
+            error = self._emu_start(self._uc, context.state.q[_EIP], 0, 0, 0)
+            self._sync_in()
+            if error or self._exit is not None or self._failure is not None or cells[0] >= limit:
+                return int(error)
+            if context.window and context.state.rflags & 0x200 and not context.state.interrupt_shadow:
+                context.port.on_irq_window()
+
+    def kick(self) -> None:
+        """End the running slice at its next block, from any thread."""
+        self.cells[1] = _STOP_NOW
+
+    def leave(self, exit_: Exit) -> None:
+        """End the slice with ``exit_``: at once from an intercept or an I/O instruction, else at the next block."""
+        self._exit = exit_
+        if self._in_interrupt:
+            lib.uc_emu_stop(self._uc)
+        else:
+            self.cells[1] = _STOP_NOW
+            self._io_leave = True
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self.cells[1] = _STOP_NOW
+        if self._in_interrupt:
+            lib.uc_emu_stop(self._uc)
+
+    def _raise_failure(self) -> NoReturn:
+        failure, self._failure = self._failure, None
+        assert failure is not None
+        raise failure
+
+    def close(self) -> None:
+        """Free the core. The contexts must not be used any more."""
+        if not self.closed:
+            self.closed = True
+            self.unload()
+            lib.uc_context_free(self._context)
+            lib.uc_close(self._uc)
+
+    # ---- exits -------------------------------------------------------------------------------------------------------
+
+    def _handlers(self) -> dict[int, Callable[[UnicornContext, int], None]]:
+        table = {
+            0x100 + Intercept.CPUID: self._cpuid,
+            0x100 + Intercept.MSR: self._msr,
+            0x100 + Intercept.RDTSC: self._rdtsc,
+            0x100 + Intercept.RDTSCP: self._rdtsc,
+            0x100 + Intercept.HLT: self._hlt,
+            0x100 + Intercept.PAUSE: self._pause,
+            0x100 + Intercept.VINTR: self._irq_window,
+            0x100 + Intercept.VMMCALL: self._vmcall,
+            0x100 + Intercept.SWINT: self._soft_interrupt,
+            0x100 + Intercept.RDPMC: self._rdpmc,
+            0x108: self._cr8,
+            0x118: self._cr8,
+        }
+        for vector in range(32):
+            table[0x100 + Intercept.EXCEPTION + vector] = self._exception
+        return table
+
+    def _on_interrupt(self, _uc: int, number: int, _user: int) -> None:
+        self._in_interrupt = True
+        try:
+            self._sync_in()
+            self.cells[0] += self.exit_cost
+            context = self.current
+            assert context is not None
+            context.state.d[Env.EXCEPTION_IS_INT >> 2] = 0
+            handler = self._table.get(number)
+            if handler is None:
+                if number >= 0x100:
+                    raise EngineError(f"unexpected intercept {number:#x} at RIP {context.state.rip:#x}")
+                context.port.on_exception(number, None, 0)
+            else:
+                handler(context, number)
+            self._sync_out()
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            self._in_interrupt = False
+
+    def code_bytes(self, context: UnicornContext, length: int) -> bytes:
+        """The instruction bytes at RIP, as many of ``length`` as are mapped executable."""
+        state = context.state
+        linear = state.q[_EIP]
+        if not state.d[_HFLAGS] & Hf.CS64:
+            linear = linear + state.q[Env.SEGS + 24 + 8 >> 3] & _M32
+        for n in (length, 1):
+            if not lib.uc_vmem_read(self._uc, linear, 4, self._scratch, n):
+                return self._scratch.raw[:n]
+        return b""
+
+    def _skip(self, context: UnicornContext, length: int) -> None:
+        """Step over the intercepted instruction; the shadow of a preceding STI ends."""
+        q, d = context.state.q, context.state.d
+        flags = d[_HFLAGS]
+        q[_EIP] = q[_EIP] + length & (0xFFFF_FFFF_FFFF_FFFF if flags & Hf.CS64 else _M32)
+        if flags & Hf.INHIBIT_IRQ:
+            d[_HFLAGS] = flags & ~Hf.INHIBIT_IRQ
+
+    def _cpuid(self, context: UnicornContext, _number: int) -> None:
+        q = context.state.q
+        q[0], q[3], q[1], q[2] = context.port.on_cpuid(q[0] & _M32, q[1] & _M32)
+        self._skip(context, 2)
+
+    def _msr(self, context: UnicornContext, _number: int) -> None:
+        q = context.state.q
+        index = q[1] & _M32
+        if context.state.d[Env.ERROR_CODE >> 2] & 1:
+            if context.port.on_wrmsr(index, (q[2] & _M32) << 32 | q[0] & _M32):
+                self._skip(context, 2)
+        else:
+            value = context.port.on_rdmsr(index)
+            if value is not None:
+                q[0], q[2] = value & _M32, value >> 32
+                self._skip(context, 2)
+
+    def _rdtsc(self, context: UnicornContext, _number: int) -> None:
+        q = context.state.q
+        value = context.port.on_rdtsc()
+        with_aux = self.code_bytes(context, 3)[1:2] == b"\x01"
+        q[0], q[2] = value & _M32, value >> 32
+        if with_aux:
+            aux = context.port.on_rdmsr(0xC000_0103)
+            q[1] = (aux or 0) & _M32
+        self._skip(context, 3 if with_aux else 2)
+
+    def _rdpmc(self, context: UnicornContext, _number: int) -> None:
+        context.port.on_exception(13, 0, 0)
+
+    def _hlt(self, context: UnicornContext, _number: int) -> None:
+        self._skip(context, 1)
+        context.port.on_hlt()
+
+    def _pause(self, context: UnicornContext, _number: int) -> None:
+        if not self.pointers:
+            self._skip(context, 2)
+            self.cells[0] -= self.exit_cost
+            if not self.budget.pause(context.state.cpl):
+                return
+            self.cells[0] += self.exit_cost
+        context.port.on_pause_loop()
+
+    def _irq_window(self, context: UnicornContext, _number: int) -> None:
+        self.cells[0] -= self.exit_cost  # an injection is charged by the port, not as an exit of its own
+        self.apply_window(False)
+        context.port.on_irq_window()
+
+    def _vmcall(self, context: UnicornContext, _number: int) -> None:
+        context.port.on_hypercall()
+        self._skip(context, 3)
+
+    def _exception(self, context: UnicornContext, number: int) -> None:
+        vector = number - 0x100 - Intercept.EXCEPTION
+        state = context.state
+        if vector == _IO_VECTOR and self._io_leave:
+            self._io_leave = False
+            state.set_dr(7, self._saved_dr7)
+            state.set_dr(0, self._saved_dr0)
+            state.set_dr(6, self._saved_dr6)
+            if self._exit is not None:
+                lib.uc_emu_stop(self._uc)
+            return
+        if vector == 6 and self.code_bytes(context, 3) in (b"\x0f\x01\xc1", b"\x0f\x01\xd9"):
+            self._vmcall(context, number)
+            return
+        error = state.d[Env.ERROR_CODE >> 2] if vector in _WITH_ERROR else None
+        context.port.on_exception(vector, error, self._exitinfo2.value if vector == 14 else 0)
+
+    def _soft_interrupt(self, context: UnicornContext, _number: int) -> None:
+        code = self.code_bytes(context, 2)
+        if code[:1] == b"\xcd" and len(code) == 2:
+            context.port.on_soft_interrupt(code[1], 2)
+        elif code[:1] == b"\xce":
+            context.port.on_soft_interrupt(4, 1)
+        else:
+            context.port.on_soft_interrupt(3, 1)
+
+    def _cr8(self, context: UnicornContext, number: int) -> None:
+        code = self.code_bytes(context, 5)
+        at = 0
+        rex = 0
+        while code[at] != 0x0F:
+            rex = code[at] if code[at] & 0xF0 == 0x40 else 0
+            at += 1
+        register = code[at + 2] & 7 | (rex & 1) << 3
+        if number == 0x108:
+            value = context.port.on_cr_read(8)
+            if value is None:
+                return
+            context.state.gpr[register] = value
+        elif not context.port.on_cr_write(8, context.state.gpr[register]):
+            return
+        self._skip(context, at + 3)
+
+    # ---- I/O instructions ------------------------------------------------------------------------------------------
+
+    def _on_in(self, _uc: int, port: int, size: int, _user: int) -> int:
+        try:
+            self.cells[0] += self.exit_cost
+            assert self.current is not None
+            value = self.current.port.on_in(port, size) & (1 << 8 * size) - 1
+            if self._io_leave:
+                self._arm_io_exit(port)
+            return value
+        except BaseException as error:
+            self._fail(error)
+            return 0
+
+    def _on_out(self, _uc: int, port: int, size: int, value: int, _user: int) -> None:
+        try:
+            self.cells[0] += self.exit_cost
+            assert self.current is not None
+            self.current.port.on_out(port, size, value & (1 << 8 * size) - 1)
+            if self._io_leave:
+                self._arm_io_exit(port)
+        except BaseException as error:
+            self._fail(error)
+
+    def _arm_io_exit(self, port: int) -> None:
+        """Make the core raise #DB right after this I/O instruction (an I/O breakpoint in DR0)."""
+        assert self.current is not None
+        self._sync_in()
+        state = self.current.state
+        self._saved_dr0, self._saved_dr6, self._saved_dr7 = state.get_dr(0), state.get_dr(6), state.get_dr(7)
+        state.set_dr(0, port)
+        state.set_dr(7, 0x2_0402)  # G0, R/W0 = I/O, one byte
+        self._sync_out()
+
+    def _on_syscall(self, _uc: int, _user: int) -> None:
+        """SYSCALL (SDM vol. 2B): the core only steps over it, so the transition is ours."""
+        try:
+            context = self.current
+            assert context is not None
+            self._sync_in()
+            state = context.state
+            q, d = state.q, state.d
+            flags = self.read_register(lib.x86.UC_X86_REG_EFLAGS)
+            star, mask = q[Env.STAR >> 3], q[Env.FMASK >> 3]
+            q[Reg.RCX] = q[_EIP] + 2 & 0xFFFF_FFFF_FFFF_FFFF
+            q[Reg.R11] = flags & ~0x1_0000
+            selector = star >> 32 & 0xFFFC
+            state.set_segment(Seg.CS, Segment(selector, 0, _M32, 0xAF_9B00))
+            state.set_segment(Seg.SS, Segment(selector + 8, 0, _M32, 0xCF_9300))
+            state.rflags = flags & ~mask & ~0x1_0000
+            d[_HFLAGS] &= ~Hf.INHIBIT_IRQ
+            q[_EIP] = q[Env.LSTAR >> 3] - 2 & 0xFFFF_FFFF_FFFF_FFFF  # the core adds the length
+            self._sync_out()
+        except BaseException as error:
+            self._fail(error)
+
+
+def _paging_key(state: EnvState) -> tuple[int, int, int, int]:
+    """What a translation depends on: CR0, CR3, CR4 and EFER."""
+    q, at = state.q, Env.CR >> 3
+    return q[at], q[at + 3], q[at + 4], q[Env.EFER >> 3]
+
+
+def _layout(map_: MemoryMap) -> list[tuple[int, int, Memslot | None]]:
+    """The physical address space as ranges: a slot's, or nobody's."""
+    ranges: list[tuple[int, int, Memslot | None]] = []
+    at = 0
+    for slot in map_.slots:
+        if slot.base > at:
+            ranges.append((at, slot.base, None))
+        ranges.append((slot.base, slot.end, slot))
+        at = slot.end
+    if at < _PHYSICAL_END:
+        ranges.append((at, _PHYSICAL_END, None))
+    return ranges

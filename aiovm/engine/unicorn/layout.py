@@ -1,0 +1,126 @@
+"""Where Unicorn 2.1.4 keeps an x86 CPU's state, and the proof that this build agrees.
+
+The offsets are facts of one build (the PyPI wheel 2.1.4, whose core is QEMU 5.0.1). :func:`prove` sets registers
+through the public API and reads them through the pointers, and back; when anything disagrees the engine takes
+the public path (``uc_context``, whose payload is the same state up to :data:`ENV_END`), slower but independent
+of the two pointers.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["ENV_END", "Env", "Hf", "Hf2", "Intercept"]
+
+# uc_struct
+UC_CPU: Final = 0x1B8
+UC_NO_EXIT_REQUEST: Final = 0x7F2
+# CPUState
+CPU_INTERRUPT_REQUEST: Final = 0x1C
+CPU_ENV: Final = 0x128
+CPU_ICOUNT_DECR: Final = 0x130
+CPU_TO_ENV: Final = 0x8A50
+#: Byte 1 of interrupt_request: CPU_INTERRUPT_VIRQ (0x100), the interrupt window.
+VIRQ_BYTE: Final = 1
+
+#: The state that a context holds: everything up to the reset area's end.
+ENV_END: Final = 0x15C0
+#: Where a uc_context's payload holds that state.
+CONTEXT_PAYLOAD: Final = 40
+
+
+class Env:
+    """Byte offsets into ``CPUX86State``."""
+
+    REGS: Final = 0x0
+    EIP: Final = 0x80
+    EFLAGS: Final = 0x88
+    CC_DST: Final = 0x90
+    CC_OP: Final = 0xA8
+    DF: Final = 0xAC
+    HFLAGS: Final = 0xB0
+    HFLAGS2: Final = 0xB4
+    SEGS: Final = 0xB8  # 24 bytes each: selector u32, base u64 @8, limit u32 @16, flags u32 @20
+    LDT: Final = 0x148
+    TR: Final = 0x160
+    GDT: Final = 0x178
+    IDT: Final = 0x190
+    CR: Final = 0x1A8
+    EFER: Final = 0x250
+    STAR: Final = 0x12D8
+    LSTAR: Final = 0x12E8
+    FMASK: Final = 0x12F8
+    ERROR_CODE: Final = 0x1508
+    EXCEPTION_IS_INT: Final = 0x150C
+    EXCEPTION_NEXT_EIP: Final = 0x1510
+    DR: Final = 0x1518
+    OLD_EXCEPTION: Final = 0x1578
+    VM_VMCB: Final = 0x1580
+    TSC_OFFSET: Final = 0x1588
+    INTERCEPT: Final = 0x1590
+    INTERCEPT_CR_READ: Final = 0x1598
+    INTERCEPT_CR_WRITE: Final = 0x159A
+    INTERCEPT_EXCEPTIONS: Final = 0x15A0
+
+
+SEGMENT_SIZE: Final = 24
+
+
+class Hf:
+    """``env->hflags``: decoded state that translations depend on."""
+
+    CPL: Final = 3
+    INHIBIT_IRQ: Final = 1 << 3
+    CS32: Final = 1 << 4
+    SS32: Final = 1 << 5
+    ADDSEG: Final = 1 << 6
+    PE: Final = 1 << 7
+    TF: Final = 1 << 8
+    MP: Final = 1 << 9
+    EM: Final = 1 << 10
+    TS: Final = 1 << 11
+    IOPL: Final = 3 << 12
+    LMA: Final = 1 << 14
+    CS64: Final = 1 << 15
+    RF: Final = 1 << 16
+    VM: Final = 1 << 17
+    AC: Final = 1 << 18
+    GUEST: Final = 1 << 21
+    OSFXSR: Final = 1 << 22
+    SMAP: Final = 1 << 23
+    IOBPT: Final = 1 << 24
+
+
+class Hf2:
+    """``env->hflags2``."""
+
+    GIF: Final = 1 << 0
+    HIF: Final = 1 << 1
+    VINTR: Final = 1 << 3
+
+
+class Intercept:
+    """SVM exit codes (AMD APM vol. 2, appendix C); the hook sees ``0x100 +`` one of these."""
+
+    CR0_READ: Final = 0x00
+    CR0_WRITE: Final = 0x10
+    EXCEPTION: Final = 0x40
+    INTR: Final = 0x60
+    VINTR: Final = 0x64
+    CR0_SEL: Final = 0x65
+    RDTSC: Final = 0x6E
+    RDPMC: Final = 0x6F
+    CPUID: Final = 0x72
+    SWINT: Final = 0x75
+    PAUSE: Final = 0x77
+    HLT: Final = 0x78
+    INVLPG: Final = 0x79
+    TASK_SWITCH: Final = 0x7D
+    MSR: Final = 0x7C
+    SHUTDOWN: Final = 0x7F
+    VMRUN: Final = 0x80
+    VMMCALL: Final = 0x81
+    RDTSCP: Final = 0x87
+    WBINVD: Final = 0x89
+    MONITOR: Final = 0x8A
+    MWAIT: Final = 0x8B

@@ -1,0 +1,229 @@
+"""A vCPU's registers inside the core's own structure (:class:`~aiovm.engine.base.CpuState`).
+
+The view works on any memory that holds ``CPUX86State``: the live one while the vCPU is loaded, its saved copy
+otherwise. Writes derive ``hflags`` as the core does (QEMU ``target/i386/cpu.h``, x86_update_hflags): the core
+translates by these bits, so a segment written without them runs as the wrong mode.
+
+EFLAGS are lazy in the core: the condition codes live in ``cc_op`` and its operands. Reading asks the core unless
+they are already folded; writing folds them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiovm.engine.base import DescriptorTable, Seg, Segment
+from aiovm.engine.unicorn.layout import SEGMENT_SIZE, Env, Hf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["EnvState"]
+
+_M64 = (1 << 64) - 1
+_CC = 0x8D5  # O S Z A P C
+_DF = 0x400
+_CC_OP_EFLAGS = 1
+_SEGMENT_AT = {s: Env.SEGS + SEGMENT_SIZE * s for s in range(6)} | {Seg.LDTR: Env.LDT, Seg.TR: Env.TR}
+
+_EIP = Env.EIP >> 3
+_EFLAGS = Env.EFLAGS >> 3
+_HFLAGS = Env.HFLAGS >> 2
+_CR0 = Env.CR >> 3
+_EFER = Env.EFER >> 3
+_CS_FLAGS = _SEGMENT_AT[Seg.CS] + 20 >> 2
+_SS_FLAGS = _SEGMENT_AT[Seg.SS] + 20 >> 2
+_BASES = tuple(_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
+
+
+class EnvState:
+    """The registers of one vCPU; ``bind`` says where they are now."""
+
+    __slots__ = ("_read_flags", "d", "gpr", "h", "paging_changed", "q")
+
+    def __init__(self, read_flags: Callable[[], int]) -> None:
+        self._read_flags = read_flags
+        #: A control register or EFER was written: the TLB must be flushed before the vCPU runs.
+        self.paging_changed = False
+        self.bind(memoryview(bytearray(0x15C0)))
+
+    def bind(self, where: memoryview) -> None:
+        """Use the state at ``where`` (a byte view)."""
+        self.q = where.cast("Q") if where.format == "B" else where.cast("B").cast("Q")
+        plain = self.q.cast("B")
+        self.d = plain.cast("I")
+        self.h = plain.cast("H")
+        self.gpr = self.q[0:16]
+
+    # ---- instruction pointer and flags ------------------------------------------------------------------------
+
+    @property
+    def rip(self) -> int:
+        value: int = self.q[_EIP]
+        return value
+
+    @rip.setter
+    def rip(self, value: int) -> None:
+        self.q[_EIP] = value & _M64
+
+    @property
+    def rflags(self) -> int:
+        if self.d[Env.CC_OP >> 2] == _CC_OP_EFLAGS:
+            down = _DF if self.d[Env.DF >> 2] & 0x8000_0000 else 0
+            value: int = self.q[_EFLAGS] & ~(_CC | _DF) | self.q[(Env.CC_DST >> 3) + 1] & _CC | down | 2
+            return value
+        return self._read_flags()
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        self.q[(Env.CC_DST >> 3) + 1] = value & _CC
+        self.d[Env.CC_OP >> 2] = _CC_OP_EFLAGS
+        self.d[Env.DF >> 2] = 0xFFFF_FFFF if value & _DF else 1
+        self.q[_EFLAGS] = value & 0xFFFF_FFFF & ~(_CC | _DF) | 2
+        self._derive()
+
+    # ---- control registers ----------------------------------------------------------------------------------
+
+    @property
+    def cr0(self) -> int:
+        value: int = self.q[_CR0]
+        return value
+
+    @cr0.setter
+    def cr0(self, value: int) -> None:
+        self.q[_CR0] = value & _M64 | 0x10
+        self.paging_changed = True
+        self._derive()
+
+    @property
+    def cr2(self) -> int:
+        value: int = self.q[_CR0 + 2]
+        return value
+
+    @cr2.setter
+    def cr2(self, value: int) -> None:
+        self.q[_CR0 + 2] = value & _M64
+
+    @property
+    def cr3(self) -> int:
+        value: int = self.q[_CR0 + 3]
+        return value
+
+    @cr3.setter
+    def cr3(self, value: int) -> None:
+        self.q[_CR0 + 3] = value & _M64
+        self.paging_changed = True
+
+    @property
+    def cr4(self) -> int:
+        value: int = self.q[_CR0 + 4]
+        return value
+
+    @cr4.setter
+    def cr4(self, value: int) -> None:
+        self.q[_CR0 + 4] = value & _M64
+        self.paging_changed = True
+        self._derive()
+
+    @property
+    def efer(self) -> int:
+        value: int = self.q[_EFER]
+        return value
+
+    @efer.setter
+    def efer(self, value: int) -> None:
+        self.q[_EFER] = value & _M64
+        self.paging_changed = True
+        self._derive()
+
+    def get_dr(self, index: int) -> int:
+        value: int = self.q[(Env.DR >> 3) + index]
+        return value
+
+    def set_dr(self, index: int, value: int) -> None:
+        self.q[(Env.DR >> 3) + index] = value & _M64
+
+    # ---- privilege and shadow ----------------------------------------------------------------------------------
+
+    @property
+    def cpl(self) -> int:
+        value: int = self.d[_HFLAGS] & Hf.CPL
+        return value
+
+    @cpl.setter
+    def cpl(self, value: int) -> None:
+        self.d[_HFLAGS] = self.d[_HFLAGS] & ~Hf.CPL | value & 3
+
+    @property
+    def interrupt_shadow(self) -> bool:
+        return bool(self.d[_HFLAGS] & Hf.INHIBIT_IRQ)
+
+    @interrupt_shadow.setter
+    def interrupt_shadow(self, value: bool) -> None:
+        self.d[_HFLAGS] = self.d[_HFLAGS] & ~Hf.INHIBIT_IRQ | (Hf.INHIBIT_IRQ if value else 0)
+
+    # ---- segments and tables -------------------------------------------------------------------------------------
+
+    def segment(self, which: Seg) -> Segment:
+        at = _SEGMENT_AT[which]
+        d = self.d
+        return Segment(d[at >> 2], self.q[at + 8 >> 3], d[at + 16 >> 2], d[at + 20 >> 2])
+
+    def set_segment(self, which: Seg, value: Segment) -> None:
+        at = _SEGMENT_AT[which]
+        d = self.d
+        d[at >> 2] = value.selector & 0xFFFF
+        self.q[at + 8 >> 3] = value.base & _M64
+        d[at + 16 >> 2] = value.limit & 0xFFFF_FFFF
+        d[at + 20 >> 2] = value.flags & 0xFFFF_FFFF
+        if which <= Seg.DS:
+            if which == Seg.SS:
+                d[_HFLAGS] = d[_HFLAGS] & ~Hf.CPL | value.flags >> 13 & 3
+            self._derive()
+
+    @property
+    def gdt(self) -> DescriptorTable:
+        return DescriptorTable(self.q[Env.GDT + 8 >> 3], self.d[Env.GDT + 16 >> 2])
+
+    @gdt.setter
+    def gdt(self, value: DescriptorTable) -> None:
+        self.q[Env.GDT + 8 >> 3] = value.base & _M64
+        self.d[Env.GDT + 16 >> 2] = value.limit & 0xFFFF
+
+    @property
+    def idt(self) -> DescriptorTable:
+        return DescriptorTable(self.q[Env.IDT + 8 >> 3], self.d[Env.IDT + 16 >> 2])
+
+    @idt.setter
+    def idt(self, value: DescriptorTable) -> None:
+        self.q[Env.IDT + 8 >> 3] = value.base & _M64
+        self.d[Env.IDT + 16 >> 2] = value.limit & 0xFFFF
+
+    # ---- derived -------------------------------------------------------------------------------------------------
+
+    def _derive(self) -> None:
+        """Recompute the mode and size bits of hflags; CPL, the shadow and the intercept bits stay."""
+        d, q = self.d, self.q
+        flags = d[_HFLAGS] & (Hf.CPL | Hf.INHIBIT_IRQ | Hf.GUEST | Hf.IOBPT)
+        cr0, cr4, eflags = q[_CR0], q[_CR0 + 4], q[_EFLAGS]
+        if cr0 & 1:
+            flags |= Hf.PE
+        flags |= (cr0 << 8) & (Hf.MP | Hf.EM | Hf.TS)  # CR0 bits 1-3 -> hflags 9-11
+        if cr4 & 0x200:
+            flags |= Hf.OSFXSR
+        cs = d[_CS_FLAGS]
+        lma = q[_EFER] & 0x400
+        if lma:
+            flags |= Hf.LMA
+        if lma and cs & 0x20_0000:
+            flags |= Hf.CS32 | Hf.SS32 | Hf.CS64
+        else:
+            if cs & 0x40_0000:
+                flags |= Hf.CS32
+            if d[_SS_FLAGS] & 0x40_0000:
+                flags |= Hf.SS32
+            if not cr0 & 1 or eflags & 0x2_0000 or not flags & Hf.CS32 or q[_BASES[0]] | q[_BASES[1]] | q[_BASES[2]]:
+                flags |= Hf.ADDSEG
+        if eflags & 0x2_0000 and cr0 & 1:
+            flags |= 3  # virtual-8086 code runs at CPL 3
+        d[_HFLAGS] = flags
