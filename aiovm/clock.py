@@ -1,0 +1,296 @@
+"""What time is it, and when is the next thing due: one heap of (deadline, serial), in integer nanoseconds.
+
+Two clocks with one face. :class:`VirtualClock` moves only when somebody says that time passed; the event loop
+pops its heap (``loop.VirtualLoop``). :class:`WallClock` is the host's monotonic clock, read here and nowhere else,
+with the loop's timers as mere hints: whoever wakes early looks again.
+
+Slices run ahead. A slice that begins at loop time *t* moves ``cells[0]`` on while it runs, so that everything that
+happens inside it (RDTSC, timers armed, IPIs sent) sees its own time; afterwards the loop goes on at *t*, and the vCPU
+waits until its slice's end. Other CPUs therefore see each other's stores at most ``lookahead`` apart:
+
+    now may run ahead to        min(next deadline of anybody else + lookahead, its own deadlines)
+
+An event that is armed in mid-slice lowers the limit the same way; the block hook sees it at the next block.
+
+Rules: callbacks are plain functions and run in (deadline, serial) order. A deadline in the past runs at the present.
+Inside a slice of a wall-clock machine nothing may touch the heap directly; see ``WallClock.post``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import heapq
+import threading
+import time
+from collections import deque
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+__all__ = ["FOREVER", "Alarm", "Clock", "Timer", "VirtualClock", "WallClock"]
+
+#: A deadline that never comes.
+FOREVER: Final = 1 << 62
+
+#: Without suspending, a coroutine may let time pass this often in a row; then the loop gets a turn, so that
+#: signals and threads are heard. A count, not a duration: virtual time must not see the host.
+_TURNS: Final = 512
+
+
+class Timer:
+    """A call that was armed; ``cancel()`` makes it not happen."""
+
+    __slots__ = ("callback", "deadline")
+
+    def __init__(self, deadline: int, callback: Callable[[], object]) -> None:
+        self.deadline = deadline
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        """Forget the call; harmless when it has happened."""
+        self.callback = None
+
+    def __call__(self) -> None:
+        callback = self.callback
+        if callback is not None:
+            self.callback = None
+            callback()
+
+
+class Clock(Protocol):
+    """What everybody above may ask of a clock."""
+
+    #: (now, limit) of the running slice, ns; shared with the engine's block hook.
+    cells: memoryview
+
+    def now(self) -> int: ...
+    def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer: ...
+    def horizon(self) -> int: ...
+    def lower_limit(self, deadline: int) -> None: ...
+    def try_advance(self, deadline: int) -> bool: ...
+    @property
+    def is_virtual(self) -> bool: ...
+
+
+def _new_cells() -> memoryview:
+    return memoryview((ctypes.c_int64 * 2)()).cast("B").cast("q")
+
+
+class Alarm:
+    """One coroutine's wait for a time: reusable, and woken straight from the heap.
+
+    It speaks the future protocol that ``asyncio.Task`` expects of what a coroutine yields, so the task is stepped in
+    the heap's callback, without a future, a ``call_soon`` and a second turn of the loop.
+
+    ``await alarm.until(t)`` returns at time ``t``. ``await alarm`` parks until somebody says ``alarm.ring_at(t)``.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_clock", "_context", "_loop", "_timer", "_wakeup")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._asyncio_future_blocking = False
+        self._cancelled = False
+        self._timer: Timer | None = None
+        self._wakeup: Callable[[Alarm], object] | None = None
+        self._context: Context = copy_context()
+
+    def ring_at(self, deadline: int) -> None:
+        """Wake the waiter at ``deadline`` (ns); an earlier arming is forgotten."""
+        if self._timer is not None:
+            self._timer.callback = None
+        self._timer = self._clock.call_at(deadline, self._fire)
+
+    def until(self, deadline: int) -> Alarm:
+        """Arm, and give the thing to await."""
+        self.ring_at(deadline)
+        return self
+
+    def __await__(self) -> Generator[Alarm, None, None]:
+        self._asyncio_future_blocking = True
+        yield self
+        if self._cancelled:
+            self._cancelled = False
+            raise asyncio.CancelledError
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(self, wakeup: Callable[[Alarm], object], *, context: Context | None = None) -> None:
+        self._wakeup = wakeup
+        if context is not None:
+            self._context = context
+
+    def _fire(self) -> None:
+        self._timer = None
+        wakeup, self._wakeup = self._wakeup, None
+        if wakeup is not None:
+            self._context.run(wakeup, self)
+
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002  (the protocol's argument)
+        if self._wakeup is None:
+            return False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._cancelled = True
+        self._loop.call_soon(self._fire, context=self._context)
+        return True
+
+    def result(self) -> None:
+        """The task asks for the outcome before it steps the coroutine; the coroutine raises by itself."""
+
+
+class VirtualClock:
+    """Time that moves only when told. ``lookahead``: ns by which CPUs of a machine may run apart."""
+
+    is_virtual = True
+
+    def __init__(self, *, lookahead: int = 2_000) -> None:
+        self.cells = _new_cells()
+        self.cells[1] = FOREVER
+        self.lookahead = lookahead
+        self._heap: list[tuple[int, int, Timer]] = []
+        self._serial = 0
+        self._turns = 0
+        #: The loop's queue of callbacks that are ready now; nobody may skip past them.
+        self.ready: deque[object] = deque()
+
+    def now(self) -> int:
+        """The running slice's time inside one, else the loop's (ns)."""
+        value: int = self.cells[0]
+        return value
+
+    def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
+        """Run ``callback()`` at ``deadline`` (ns)."""
+        now = self.cells[0]
+        if deadline < now:
+            deadline = now
+        timer = Timer(deadline, callback)
+        self._serial += 1
+        heapq.heappush(self._heap, (deadline, self._serial, timer))
+        limit = deadline + self.lookahead
+        if limit < self.cells[1]:
+            self.cells[1] = limit
+        return timer
+
+    def horizon(self) -> int:
+        """How far a slice that begins now may run: the next deadline plus the lookahead."""
+        heap = self._heap
+        while heap:
+            if heap[0][2].callback is None:
+                heapq.heappop(heap)
+                continue
+            return heap[0][0] + self.lookahead
+        return FOREVER
+
+    def lower_limit(self, deadline: int) -> None:
+        """The running slice must end by ``deadline``."""
+        if deadline < self.cells[1]:
+            self.cells[1] = deadline
+
+    def try_advance(self, deadline: int) -> bool:
+        """Let time pass to ``deadline`` at once, when nothing else happens before or at it."""
+        if self.ready or self._turns >= _TURNS:
+            self._turns = 0
+            return False
+        heap = self._heap
+        while heap and heap[0][0] <= deadline:
+            if heap[0][2].callback is None:
+                heapq.heappop(heap)
+                continue
+            return False
+        self._turns += 1
+        self.cells[0] = deadline
+        return True
+
+    def step(self) -> bool:
+        """Move to the next deadline and make its call; False when nothing is armed."""
+        heap = self._heap
+        while heap:
+            deadline, _, timer = heapq.heappop(heap)
+            callback = timer.callback
+            if callback is None:
+                continue
+            timer.callback = None
+            self._turns = 0
+            self.cells[0] = deadline
+            self.cells[1] = FOREVER
+            callback()
+            return True
+        return False
+
+
+class WallClock:
+    """The host's monotonic time since the clock was made, on a running asyncio or uvloop loop."""
+
+    is_virtual = False
+    #: Read by nobody's budget; machines on the wall clock count slices in cells of their own.
+    lookahead = 0
+
+    def __init__(self) -> None:
+        self.cells = _new_cells()
+        self.cells[1] = FOREVER
+        self._base = time.monotonic_ns()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._heap: list[tuple[int, int, Timer]] = []
+        self._serial = 0
+        self._hint: asyncio.TimerHandle | None = None
+        self._hint_at = FOREVER
+
+    def now(self) -> int:
+        """Nanoseconds since the clock was made."""
+        return time.monotonic_ns() - self._base
+
+    def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
+        """Run ``callback()`` on the loop at ``deadline`` (ns), never early."""
+        timer = Timer(deadline, callback)
+        if threading.get_ident() != self._thread:
+            self._loop.call_soon_threadsafe(self._push, timer)
+        else:
+            self._push(timer)
+        return timer
+
+    def _push(self, timer: Timer) -> None:
+        self._serial += 1
+        heapq.heappush(self._heap, (timer.deadline, self._serial, timer))
+        self._arm()
+
+    def _arm(self) -> None:
+        heap = self._heap
+        while heap and heap[0][2].callback is None:
+            heapq.heappop(heap)
+        if not heap:
+            return
+        deadline = heap[0][0]
+        if deadline >= self._hint_at:
+            return
+        if self._hint is not None:
+            self._hint.cancel()
+        self._hint_at = deadline
+        delay = (deadline - self.now()) / 1_000_000_000
+        self._hint = self._loop.call_later(max(0.0, delay), self._due)
+
+    def _due(self) -> None:
+        self._hint = None
+        self._hint_at = FOREVER
+        heap = self._heap
+        now = self.now()
+        while heap and heap[0][0] <= now:
+            heapq.heappop(heap)[2]()
+        self._arm()
+
+    def horizon(self) -> int:
+        """A wall-clock slice is bounded by its own length only."""
+        return FOREVER
+
+    def lower_limit(self, deadline: int) -> None:
+        """Nothing: on the wall clock a slice is ended by a kick."""
+
+    def try_advance(self, deadline: int) -> bool:
+        """Whether ``deadline`` has passed."""
+        return self.now() >= deadline

@@ -1,0 +1,34 @@
+"""What things cost in virtual time: the timing model's only numbers, each with its source (docs/timing-model.md).
+
+All in nanoseconds at the reference CPU, a 2 GHz x86 server core. The guest's own code is charged by the bytes that it
+executes: no table of instructions, no cache, no history, so the same code costs the same in every process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Costs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """The cost model; every field may be overridden."""
+
+    #: 1/256 ns a byte of code executed. 64 = 0.25 ns a byte: about 4 bytes an instruction (SPEC CPU2006 on x86-64)
+    #: at one instruction a nanosecond, that is 2 GHz and 0.5 instructions a cycle.
+    code_rate: int = 64
+    #: A PAUSE: 140 cycles (Intel Optimization Reference Manual, Skylake and later).
+    pause_ns: int = 70
+    #: An exit answered in the host, round trip: about 1,200 cycles, the order of kvm-unit-tests' vmexit/cpuid.
+    exit_ns: int = 600
+    #: From one CPU's ICR write to the other CPU's interrupt: the order of a native IPI, ours.
+    ipi_ns: int = 500
+    #: A thread switch on a physical CPU, kernel entry to first instruction: the order of lmbench's lat_ctx.
+    context_switch_ns: int = 1_500
+    #: Delivering an interrupt or exception: microcode and stack frame, ours.
+    inject_ns: int = 100
+    #: By how much CPUs of one machine may run apart: the interleaving quantum. Ours; see the timing model's page.
+    quantum_ns: int = 2_000
+    #: The guest's TSC: 2 GHz.
+    tsc_khz: int = 2_000_000

@@ -1,0 +1,310 @@
+"""Who runs: the host's physical CPUs, their threads, and the two event loops.
+
+:class:`Host` is the kernel's scheduler for vCPU threads: it puts them on physical CPUs, ends their slices, wakes them,
+and answers directed yields (``kernel/sched/core.c`` yield_to). It is the only writer of a thread's state. *Choices* are
+the policy's (:mod:`aiovm.policy`); *waiting* is the vCPU coroutine's, which parks on its thread's alarm until the host
+rings it.
+
+:class:`VirtualLoop` is an asyncio event loop whose time is a :class:`~aiovm.clock.VirtualClock`: when every coroutine
+waits it jumps to the next deadline, and when there is none it raises :class:`~aiovm.errors.DeadlockError` instead of
+hanging. ``asyncio.sleep`` and friends work on it, in virtual time.
+
+    BLOCKED --wake--> READY --dispatch--> RUNNING --block--> BLOCKED
+                        ^---- preempt, yield ----'
+
+Rules: all of this happens at the loop's time, never inside a slice; ties go by physical CPU index and thread number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiovm.clock import Alarm, VirtualClock, WallClock
+from aiovm.costs import Costs
+from aiovm.errors import ConfigError, DeadlockError, StateError
+from aiovm.policy.base import Policy, Requeue
+from aiovm.policy.fair import Fair
+from aiovm.policy.thread import Pcpu, PreemptNotifier, Thread, ThreadState
+from aiovm.trace import Kind, Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from concurrent.futures import Executor
+    from contextvars import Context
+
+__all__ = ["Host", "VirtualLoop", "run", "run_wall"]
+
+T = TypeVar("T")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop in virtual time. Files, sockets and executors work, but what they do is not repeatable."""
+
+    def __init__(self, clock: VirtualClock | None = None) -> None:
+        self.clock = VirtualClock() if clock is None else clock
+        super().__init__()
+        self.clock.ready = self._ready  # type: ignore[attr-defined]
+        self._outside = 0
+        #: Says who waits for what, for the message of a stall.
+        self.describe: Callable[[], str] = lambda: "no machine"
+
+    def time(self) -> float:
+        """The virtual time in seconds, as asyncio wants it."""
+        return self.clock.now() / 1_000_000_000
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        self.clock.call_at(round(when * 1_000_000_000), lambda: None if handle.cancelled() else handle._run())
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        deadline = self.clock.now() + max(0, round(delay * 1_000_000_000))
+        handle = asyncio.TimerHandle(deadline / 1_000_000_000, callback, args, self, context)
+        self.clock.call_at(deadline, lambda: None if handle.cancelled() else handle._run())
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """A cancelled handle does nothing when its time comes."""
+
+    def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
+        self._outside += 1
+        future: asyncio.Future[T] = super().run_in_executor(executor, func, *args)  # type: ignore[assignment]
+        future.add_done_callback(self._came_back)
+        return future
+
+    def _came_back(self, _future: asyncio.Future[Any]) -> None:
+        self._outside -= 1
+
+    def _run_once(self) -> None:
+        ready = self._ready  # type: ignore[attr-defined]
+        step = self.clock.step
+        turns = 0
+        while not ready and turns < 256 and not self._stopping:  # type: ignore[attr-defined]
+            if not step():
+                self._idle()
+                break
+            turns += 1
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
+        if self._outside or len(self._selector.get_map()) > 1:  # type: ignore[attr-defined]
+            self._process_events(self._selector.select(0))  # type: ignore[attr-defined]
+
+    def _idle(self) -> None:
+        selector = self._selector  # type: ignore[attr-defined]
+        if not self._outside and len(selector.get_map()) <= 1:
+            raise DeadlockError(f"nothing can happen any more at {self.clock.now()} ns: {self.describe()}")
+        self._process_events(selector.select(None))  # type: ignore[attr-defined]
+
+
+def run(main: Coroutine[Any, Any, T], *, clock: VirtualClock | None = None) -> T:
+    """Run ``main`` to its end in virtual time and return its result."""
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
+        return runner.run(main)
+
+
+def run_wall(main: Coroutine[Any, Any, T]) -> T:
+    """Run ``main`` on the wall clock: on uvloop where it is installed, else on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+class Host:
+    """``pcpus`` physical CPUs under ``policy``. Make it on a running loop.
+
+    ``clock``: the loop's :class:`VirtualClock`, or a :class:`WallClock`; found by itself. ``seed``: of every random
+    choice on this host. ``trace``: where records go.
+    """
+
+    def __init__(
+        self,
+        pcpus: int,
+        *,
+        policy: Policy | None = None,
+        clock: VirtualClock | WallClock | None = None,
+        costs: Costs | None = None,
+        seed: int = 0,
+        trace: Tracer | None = None,
+    ) -> None:
+        if pcpus < 1:
+            raise ConfigError(f"a host needs at least one physical CPU, not {pcpus}")
+        loop = asyncio.get_running_loop()
+        if clock is None:
+            clock = loop.clock if isinstance(loop, VirtualLoop) else WallClock()
+        self.clock = clock
+        self.costs = Costs() if costs is None else costs
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.trace = Tracer() if trace is None else trace
+        self.policy = Fair() if policy is None else policy
+        self.pcpus = tuple(Pcpu(i) for i in range(pcpus))
+        self.threads: list[Thread] = []
+        self.policy.attach(self.pcpus, self.random)
+        self._slice_timer: list[int] = [0] * pcpus
+        if isinstance(clock, VirtualClock):
+            clock.lookahead = self.costs.quantum_ns
+        if isinstance(loop, VirtualLoop):
+            loop.describe = self.describe
+
+    # ---- threads -----------------------------------------------------------------------------------------------
+
+    def add_thread(self, notifier: PreemptNotifier, group: int) -> Thread:
+        """A new thread, blocked. ``group``: its machine's number."""
+        thread = Thread(len(self.threads), group, notifier, Alarm(self.clock))
+        self.threads.append(thread)
+        return thread
+
+    def wake(self, thread: Thread, waker: int = -1) -> None:
+        """BLOCKED -> READY, and on a CPU where one is free or gives way. Nothing for a thread that is not blocked."""
+        if thread.state is not ThreadState.BLOCKED:
+            return
+        now = self.clock.now()
+        pcpu = self.policy.select_pcpu(thread, now)
+        thread.state = ThreadState.READY
+        thread.ready_since = now
+        thread.pcpu_index = pcpu.index
+        if self.trace.on:
+            self.trace.emit(now, Kind.WAKE, thread.number, waker, pcpu.index)
+        current = pcpu.current
+        if current is None:
+            self._dispatch(pcpu, thread, now)
+            return
+        self.policy.enqueue(thread, pcpu, Requeue.WAKE, now)
+        if self.policy.wakeup_preempts(thread, current, now):
+            self._resched(current)
+        else:
+            self._arm_slice_end(pcpu, now)
+
+    def block(self, thread: Thread) -> None:
+        """RUNNING -> BLOCKED: the thread waits for something; its CPU goes to the next."""
+        now = self.clock.now()
+        pcpu = self._take_off(thread, now, preempted=False)
+        thread.state = ThreadState.BLOCKED
+        following = self.policy.pick(pcpu, now)
+        if following is not None:
+            self._dispatch(pcpu, following, now)
+
+    def preempt(self, thread: Thread, *, yielded: bool = False) -> bool:
+        """RUNNING -> READY when another thread should run; whether it came off. It then parks on its alarm."""
+        now = self.clock.now()
+        pcpu = self.pcpus[thread.pcpu_index]
+        thread.resched = False
+        self._account(thread, pcpu, now)
+        thread.ready_since = now
+        self.policy.enqueue(thread, pcpu, Requeue.YIELDED if yielded else Requeue.PREEMPTED, now)
+        following = self.policy.pick(pcpu, now)
+        if following is thread or following is None:
+            thread.slice_end = now + self.policy.slice_of(thread, pcpu)
+            self._arm_slice_end(pcpu, now)
+            return False
+        pcpu.current = None
+        thread.state = ThreadState.READY
+        thread.notifier.sched_out(preempted=True, now=now)
+        if self.trace.on:
+            self.trace.emit(now, Kind.SCHED_OUT, thread.number, pcpu.index, 2 if yielded else 1)
+        self._dispatch(pcpu, following, now)
+        return True
+
+    def yield_to(self, me: Thread, target: Thread) -> int:
+        """Give my CPU away in favour of ``target``: 1 done, 0 no use, -1 nobody else is ready (ESRCH).
+
+        ``kernel/sched/core.c`` yield_to: -ESRCH when both run queues hold one task; 0 when the target runs already
+        or is not runnable. On 1 the caller comes off its CPU at the end of its slice (``me.resched``).
+        """
+        mine = self.pcpus[me.pcpu_index]
+        if target.pcpu_index < 0:
+            return 0
+        its = self.pcpus[target.pcpu_index]
+        if mine.load == 1 and its.load <= 1:
+            return -1
+        if target.state is not ThreadState.READY:
+            return 0
+        now = self.clock.now()
+        self.policy.yield_to(target, now)
+        if its is not mine and its.current is not None:
+            self._resched(its.current)
+        me.resched = True
+        return 1
+
+    def is_single_task(self, thread: Thread) -> bool:
+        """Whether nobody waits for the CPU that ``thread`` runs on."""
+        return not self.pcpus[thread.pcpu_index].queue
+
+    def describe(self) -> str:
+        """Every thread's state, for messages."""
+        return "; ".join(f"thread {t.number} {t.state.value}" for t in self.threads) or "no threads"
+
+    # ---- on and off a CPU ------------------------------------------------------------------------------------------
+
+    def _dispatch(self, pcpu: Pcpu, thread: Thread, now: int) -> None:
+        if pcpu.current is not None or thread.state is not ThreadState.READY:
+            raise StateError(f"dispatch of thread {thread.number}, which is {thread.state.value}, on CPU {pcpu.index}")
+        start = now + self.costs.context_switch_ns
+        pcpu.current = thread
+        pcpu.switches += 1
+        thread.state = ThreadState.RUNNING
+        thread.pcpu_index = pcpu.index
+        thread.resched = False
+        thread.run_delay += now - thread.ready_since
+        thread.started = now
+        thread.slice_end = start + self.policy.slice_of(thread, pcpu)
+        thread.notifier.sched_in(pcpu.index, start)
+        if self.trace.on:
+            self.trace.emit(start, Kind.SCHED_IN, thread.number, pcpu.index, now - thread.ready_since)
+        thread.alarm.ring_at(start)
+        self._arm_slice_end(pcpu, now)
+
+    def _take_off(self, thread: Thread, now: int, *, preempted: bool) -> Pcpu:
+        if thread.state is not ThreadState.RUNNING:
+            raise StateError(f"thread {thread.number} is {thread.state.value}, not running")
+        pcpu = self.pcpus[thread.pcpu_index]
+        self._account(thread, pcpu, now)
+        pcpu.current = None
+        thread.resched = False
+        thread.notifier.sched_out(preempted=preempted, now=now)
+        if self.trace.on:
+            self.trace.emit(now, Kind.SCHED_OUT, thread.number, pcpu.index, 0)
+        return pcpu
+
+    def _account(self, thread: Thread, pcpu: Pcpu, now: int) -> None:
+        ran = now - thread.started
+        thread.started = now
+        thread.ran_ns += ran
+        pcpu.busy_ns += ran
+        self.policy.ran(thread, ran)
+
+    def _resched(self, thread: Thread) -> None:
+        thread.resched = True
+        thread.notifier.need_resched()
+
+    def _arm_slice_end(self, pcpu: Pcpu, now: int) -> None:
+        """Somebody waits for this CPU: the running thread's slice counts."""
+        thread = pcpu.current
+        if thread is None or not pcpu.queue:
+            return
+        at = max(thread.slice_end, now)
+        self._slice_timer[pcpu.index] += 1
+        ticket = self._slice_timer[pcpu.index]
+        self.clock.call_at(at, lambda: self._slice_expired(pcpu, thread, ticket))
+
+    def _slice_expired(self, pcpu: Pcpu, thread: Thread, ticket: int) -> None:
+        if ticket != self._slice_timer[pcpu.index] or pcpu.current is not thread or not pcpu.queue:
+            return
+        now = self.clock.now()
+        patience = self.policy.may_preempt(thread, now)
+        if patience:
+            thread.slice_end = now + patience
+            self._arm_slice_end(pcpu, now)
+        else:
+            self._resched(thread)

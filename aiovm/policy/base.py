@@ -1,0 +1,101 @@
+"""The choice "who runs next" as an object.
+
+The host (:mod:`aiovm.loop`) keeps the threads and carries choices out; a policy answers questions and keeps the
+queues. Every answer is a function of what the policy was told and of ``now``; random choices come from the host's
+one seeded generator.
+
+A policy of one's own derives from :class:`Policy` and is named on the command line as ``module:Class``.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Sequence
+
+    from aiovm.policy.thread import Pcpu, Thread
+
+__all__ = ["Policy", "Requeue"]
+
+
+class Requeue(enum.Enum):
+    """Why a thread comes to a queue."""
+
+    WAKE = "wake"
+    PREEMPTED = "preempted"
+    YIELDED = "yielded"
+
+
+class Policy:
+    """One queue a physical CPU, first in first out, fixed slices: the base, and a plain round robin.
+
+    ``slice_ns``: how long a thread may run while others wait. ``jitter``: each slice varies by up to this share, in
+    1/1000 (100 = ten per cent): aligned slices would be gang scheduling by accident.
+    """
+
+    name = "round-robin"
+
+    def __init__(self, *, slice_ns: int = 6_000_000, jitter: int = 100) -> None:
+        self.slice_ns = slice_ns
+        self.jitter = jitter
+        self.pcpus: Sequence[Pcpu] = ()
+        self.random: random.Random
+
+    def attach(self, pcpus: Sequence[Pcpu], random_: random.Random) -> None:
+        """The host is ready; called once, before anything else."""
+        self.pcpus = pcpus
+        self.random = random_
+
+    # ---- questions ---------------------------------------------------------------------------------------------
+
+    def select_pcpu(self, thread: Thread, now: int) -> Pcpu:
+        """Where a waking thread goes: its last CPU if idle, else an idle one, else the least loaded."""
+        last = self.pcpus[thread.pcpu_index] if thread.pcpu_index >= 0 else None
+        if last is not None and last.current is None:
+            return last
+        best: Pcpu | None = None
+        for pcpu in self.pcpus:
+            if pcpu.current is None:
+                return pcpu
+            if best is None or pcpu.load < best.load or (pcpu.load == best.load and pcpu is last):
+                best = pcpu
+        assert best is not None
+        return best
+
+    def slice_of(self, thread: Thread, pcpu: Pcpu) -> int:
+        """How long ``thread``, about to run on ``pcpu``, may keep it while others wait (ns)."""
+        spread = self.slice_ns * self.jitter // 1000
+        return self.slice_ns + self.random.randint(-spread, spread) if spread else self.slice_ns
+
+    def wakeup_preempts(self, thread: Thread, current: Thread, now: int) -> bool:
+        """Whether ``thread``, just queued behind ``current``, takes the CPU at once."""
+        return False
+
+    def may_preempt(self, current: Thread, now: int) -> int:
+        """At the end of a slice: 0 to preempt now, else how many ns to wait before asking again."""
+        return 0
+
+    def pick(self, pcpu: Pcpu, now: int) -> Thread | None:
+        """Take the next thread off ``pcpu``'s queue; from the longest other queue when it is empty."""
+        if pcpu.queue:
+            return pcpu.queue.pop(0)
+        busiest = max(self.pcpus, key=lambda p: (len(p.queue), -p.index))
+        return busiest.queue.pop(0) if busiest.queue else None
+
+    # ---- news ----------------------------------------------------------------------------------------------------
+
+    def enqueue(self, thread: Thread, pcpu: Pcpu, why: Requeue, now: int) -> None:
+        """``thread`` is ready and belongs to ``pcpu``."""
+        pcpu.queue.append(thread)
+
+    def ran(self, thread: Thread, ns: int) -> None:
+        """``thread`` ran for ``ns``."""
+
+    def yield_to(self, target: Thread, now: int) -> None:
+        """``target``, which is queued, should be the next on its CPU (the "next buddy")."""
+        queue = self.pcpus[target.pcpu_index].queue
+        queue.remove(target)
+        queue.insert(0, target)
