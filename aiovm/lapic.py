@@ -1,0 +1,664 @@
+"""The local APIC: xAPIC and x2APIC registers, priorities, accepting, EOI, local interrupts (SDM vol. 3A, ch. 10).
+
+One chip a vCPU. Methods return values that say what the vCPU must do; nobody is called. Rules, from
+``arch/x86/kvm/lapic.c`` (Linux 6.16) and the sheet *lapic*:
+
+* Deliverable is the highest IRR vector whose class is above PPR; PPR is a function of TPR and ISR alone.
+* A vector may be in IRR and ISR at once; a third one merges. TMR holds the last accepted trigger mode of a vector.
+* EOI retires the highest ISR bit. It is reported for vectors whose TMR bit is set, and for those in
+  :attr:`Lapic.watched_vectors` (somebody awaits that acknowledge).
+* Software disable (SPIV bit 8) masks the local vectors and drops new fixed interrupts; what is in IRR stays
+  deliverable, and NMI, INIT, SIPI, SMI and the kick get through. Hardware disable (base MSR bit 11) delivers nothing.
+
+Modelled: version 0x14 with six local vectors, the transitions of IA32_APIC_BASE, the KVM_GET/SET_LAPIC page.
+Not modelled: CMCI, directed EOI (KVM hides it beside a version 0x11 I/O APIC), recorded errors (ESR reads 0, as
+KVM's), arbitration ids, the spurious vector (nothing deliverable is "none"), the MMIO hole while disabled (the page
+reads all ones).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple
+
+from aiovm.errors import ConfigError
+from aiovm.lapic_message import Accepted, DeliveryMode, IpiMessage, Shorthand, decode_icr
+from aiovm.lapic_timer import LapicTimer, LapicTimerState, TimerMode
+
+__all__ = [
+    "APIC_BASE",
+    "Accepted",
+    "DeliveryMode",
+    "IpiMessage",
+    "Lapic",
+    "LapicEffect",
+    "LapicState",
+    "Lvt",
+    "Shorthand",
+]
+
+#: Where the register page lies at reset.
+APIC_BASE: Final = 0xFEE0_0000
+
+_BASE_BSP: Final = 1 << 8
+_BASE_EXTD: Final = 1 << 10
+_BASE_EN: Final = 1 << 11
+_BASE_RESERVED: Final = 0x2FF
+
+_MASKED: Final = 1 << 16
+_SW_ENABLE: Final = 1 << 8
+#: Reserved bits of the 64-bit ICR: 31:20, 17:16 and 13.
+_X2APIC_ICR_RESERVED: Final = 0xFFF3_2000
+_PAGE_BYTES: Final = 0x400
+
+
+class _Reg:
+    """Register offsets (SDM vol. 3A, table 10-1); plain integers, for they are compared on every access."""
+
+    ID: Final = 0x020
+    VERSION: Final = 0x030
+    TPR: Final = 0x080
+    PPR: Final = 0x0A0
+    EOI: Final = 0x0B0
+    LDR: Final = 0x0D0
+    DFR: Final = 0x0E0
+    SPIV: Final = 0x0F0
+    ISR: Final = 0x100
+    TMR: Final = 0x180
+    IRR: Final = 0x200
+    ESR: Final = 0x280
+    ICR: Final = 0x300
+    ICR2: Final = 0x310
+    LVTT: Final = 0x320
+    LVT_ERROR: Final = 0x370
+    TMICT: Final = 0x380
+    TMCCT: Final = 0x390
+    TDCR: Final = 0x3E0
+    SELF_IPI: Final = 0x3F0
+
+
+class Lvt(enum.IntEnum):
+    """Local vectors, in register order from 0x320."""
+
+    TIMER = 0
+    THERMAL = 1
+    PERFORMANCE = 2
+    LINT0 = 3
+    LINT1 = 4
+    ERROR = 5
+
+
+#: Writable bits of each local vector; the timer's mode bits come on top (the sheet *lapic* §5).
+_LVT_WRITABLE: Final = (0x110FF, 0x117FF, 0x117FF, 0x1F7FF, 0x1F7FF, 0x110FF)
+_MODES: Final = tuple(DeliveryMode)
+_TIMER_MODES: Final = tuple(TimerMode)
+
+
+class LapicEffect(NamedTuple):
+    """What a register access owes: a message to send, an EOI to pass on, an event to look for, a deadline that
+    moved, a destination map to rebuild. ``eoi_level``: the retired vector's TMR bit."""
+
+    ipi: IpiMessage | None = None
+    eoi: int | None = None
+    eoi_level: bool = False
+    event: bool = False
+    timer: bool = False
+    map_changed: bool = False
+
+
+_NOTHING: Final = LapicEffect()
+_EVENT: Final = LapicEffect(event=True)
+_TIMER: Final = LapicEffect(timer=True)
+_MAP: Final = LapicEffect(map_changed=True)
+
+
+@dataclass(slots=True)
+class LapicState:
+    """The chip's registers. IRR, ISR and TMR are 256-bit maps; ``apic_id`` is the raw ID register."""
+
+    base: int = APIC_BASE | _BASE_EN
+    apic_id: int = 0
+    tpr: int = 0
+    ldr: int = 0
+    dfr: int = 0xFFFF_FFFF
+    spiv: int = 0xFF
+    isr: int = 0
+    tmr: int = 0
+    irr: int = 0
+    icr: int = 0
+    lvt: tuple[int, ...] = (_MASKED,) * 6
+    timer: LapicTimerState = field(default_factory=LapicTimerState)
+    init_pending: bool = False
+    sipi_pending: bool = False
+    sipi_vector: int = 0
+    arb_prio: int = 0
+
+
+class Lapic:
+    """The local APIC of vCPU ``vcpu_id``. ``bsp``: base bit 8 at reset. The rest is what CPUID promises."""
+
+    __slots__ = (
+        "_bsp",
+        "_enabled",
+        "_hw",
+        "_ppr",
+        "_reserved_base",
+        "_s",
+        "_timer_mask",
+        "_x2apic",
+        "timer",
+        "vcpu_id",
+        "watched_vectors",
+    )
+
+    def __init__(
+        self,
+        vcpu_id: int,
+        *,
+        bsp: bool,
+        x2apic: bool = True,
+        tsc_deadline: bool = True,
+        maxphyaddr: int = 46,
+        bus_cycle_ns: int = 1,
+    ) -> None:
+        if not 0 <= vcpu_id < 1 << 32:
+            raise ConfigError(f"vCPU id {vcpu_id:#x} is not an APIC id")
+        if not 32 <= maxphyaddr <= 52 or bus_cycle_ns < 1:
+            raise ConfigError(f"maxphyaddr {maxphyaddr} or bus cycle {bus_cycle_ns} ns is out of range")
+        self.vcpu_id = vcpu_id
+        self.timer = LapicTimer(bus_cycle_ns=bus_cycle_ns)
+        #: Edge-triggered vectors whose EOI somebody awaits, as a 256-bit map (KVM's acknowledge notifiers).
+        self.watched_vectors = 0
+        self._bsp = bsp
+        self._reserved_base = _BASE_RESERVED | ~((1 << maxphyaddr) - 1) | (0 if x2apic else _BASE_EXTD)
+        self._timer_mask = 0x6_0000 if tsc_deadline else 0x2_0000
+        self._s = LapicState()
+        self._hw = self._enabled = self._x2apic = False
+        self._ppr = 0
+        self.reset()
+
+    # ---- what it is ----------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> LapicState:
+        """The live state, to look at."""
+        return self._s
+
+    @property
+    def hw_enabled(self) -> bool:
+        """IA32_APIC_BASE bit 11."""
+        return self._hw
+
+    @property
+    def enabled(self) -> bool:
+        """Enabled by hardware and by software (SPIV bit 8)."""
+        return self._enabled
+
+    @property
+    def x2apic(self) -> bool:
+        """x2APIC mode."""
+        return self._x2apic
+
+    @property
+    def apic_id(self) -> int:
+        """The id that physical destinations compare: 8 bits in xAPIC mode, 32 in x2APIC mode."""
+        return self._s.apic_id if self._x2apic else self._s.apic_id >> 24
+
+    @property
+    def is_bsp(self) -> bool:
+        """IA32_APIC_BASE bit 8, as it stands now."""
+        return bool(self._s.base & _BASE_BSP)
+
+    @property
+    def base_address(self) -> int:
+        """Where the register page lies."""
+        return self._s.base & ~0xFFF
+
+    @property
+    def apic_base(self) -> int:
+        """IA32_APIC_BASE."""
+        return self._s.base
+
+    def set_apic_base(self, value: int, *, host_initiated: bool = False) -> bool:
+        """Write IA32_APIC_BASE; False is #GP. After True, rebuild the destination map."""
+        s = self._s
+        old = s.base
+        if value == old:
+            return True
+        mode = value & (_BASE_EN | _BASE_EXTD)
+        if value & self._reserved_base or mode == _BASE_EXTD:
+            return False
+        if not host_initiated:
+            was = old & (_BASE_EN | _BASE_EXTD)
+            if (was == _BASE_EN | _BASE_EXTD and mode == _BASE_EN) or (not was and mode & _BASE_EXTD):
+                return False
+        s.base = value
+        changed = old ^ value
+        if mode & _BASE_EXTD:
+            if changed & _BASE_EXTD:
+                self._set_x2apic_id()
+        elif value & _BASE_EN and changed & (_BASE_EN | _BASE_EXTD):
+            s.apic_id = (self.vcpu_id & 0xFF) << 24
+        self._decode()
+        return True
+
+    # ---- register access -----------------------------------------------------------------------------------
+
+    def mmio_read(self, offset: int, size: int, now: int) -> int:
+        """The register page: 1, 2 or 4 bytes inside one register; anything else reads 0, a disabled page all ones."""
+        if not self._hw or self._x2apic:
+            return (1 << (8 * size)) - 1
+        shift = offset & 0xF
+        if shift + size > 4:
+            return 0
+        value = self._read(offset & 0xFF0, now)
+        return 0 if value is None else value >> (8 * shift) & ((1 << (8 * size)) - 1)
+
+    def mmio_write(self, offset: int, size: int, value: int, now: int) -> LapicEffect:
+        """The register page: 4 bytes at a multiple of 16; anything else is ignored."""
+        if size != 4 or offset & 0xF or not self._hw or self._x2apic:
+            return _NOTHING
+        effect = self._write(offset, value & 0xFFFF_FFFF, now)
+        return _NOTHING if effect is None else effect
+
+    def msr_read(self, index: int, now: int) -> int | None:
+        """RDMSR of 0x800–0x8FF; None is #GP."""
+        if not self._x2apic or not 0x800 <= index <= 0x8FF:
+            return None
+        offset = (index - 0x800) << 4
+        if offset == _Reg.ICR:
+            return self._s.icr
+        if offset in (_Reg.DFR, _Reg.ICR2, 0x090):
+            return None
+        return self._read(offset, now)
+
+    def msr_write(self, index: int, value: int, now: int) -> LapicEffect | None:
+        """WRMSR of 0x800–0x8FF; None is #GP."""
+        if not self._x2apic or not 0x800 <= index <= 0x8FF:
+            return None
+        offset = (index - 0x800) << 4
+        if offset == _Reg.ICR:
+            if value & _X2APIC_ICR_RESERVED:
+                return None
+            self._s.icr = value & ~0x1000
+            return LapicEffect(decode_icr(value, value >> 32))
+        if value >> 32 or offset in (_Reg.ID, _Reg.LDR, _Reg.DFR, _Reg.ICR2) or (offset == _Reg.ESR and value):
+            return None
+        if offset == _Reg.SELF_IPI:
+            return None if value & ~0xFF else LapicEffect(decode_icr(0x4_0000 | value, 0))
+        return self._write(offset, value, now)
+
+    def read_deadline(self) -> int:
+        """IA32_TSC_DEADLINE."""
+        return self.timer.read_deadline() if self._hw else 0
+
+    def write_deadline(self, tsc_value: int, deadline_ns: int, now: int) -> None:
+        """IA32_TSC_DEADLINE := ``tsc_value``, which the guest's TSC reaches at ``deadline_ns``; re-arm afterwards."""
+        if self._hw:
+            self.timer.write_deadline(tsc_value, deadline_ns, now)
+
+    # ---- priorities ----------------------------------------------------------------------------------------
+
+    @property
+    def tpr(self) -> int:
+        """The task priority."""
+        return self._s.tpr
+
+    def write_tpr(self, value: int) -> LapicEffect:
+        """Set the task priority."""
+        self._s.tpr = value & 0xFF
+        old = self._ppr
+        self._update_ppr()
+        return _EVENT if self._ppr < old and self.pending_vector() >= 0 else _NOTHING
+
+    @property
+    def cr8(self) -> int:
+        """TPR bits 7:4."""
+        return self._s.tpr >> 4
+
+    def write_cr8(self, value: int) -> LapicEffect:
+        """MOV to CR8: TPR := bits 3:0, shifted (6.16 clears TPR's low nibble)."""
+        return self.write_tpr((value & 0xF) << 4)
+
+    @property
+    def ppr(self) -> int:
+        """The processor priority."""
+        return self._ppr
+
+    # ---- interrupts ----------------------------------------------------------------------------------------
+
+    @property
+    def has_irr(self) -> bool:
+        """Some vector is requested, deliverable or not."""
+        return self._s.irr != 0
+
+    def highest_isr(self) -> int:
+        """The vector in service with the highest priority, or -1."""
+        return self._s.isr.bit_length() - 1
+
+    def pending_vector(self) -> int:
+        """The vector that could be delivered now, or -1."""
+        irr = self._s.irr
+        if not irr or not self._hw:
+            return -1
+        vector = irr.bit_length() - 1
+        return vector if vector & 0xF0 > self._ppr else -1
+
+    def acknowledge(self) -> int:
+        """Take the deliverable vector from IRR into ISR and return it; -1 when there is none."""
+        s = self._s
+        irr = s.irr
+        if not irr or not self._hw:
+            return -1
+        vector = irr.bit_length() - 1
+        if vector & 0xF0 <= self._ppr:
+            return -1
+        bit = 1 << vector
+        s.irr = irr ^ bit
+        s.isr |= bit
+        self._ppr = vector & 0xF0  # its class is above PPR, hence above TPR's
+        return vector
+
+    def eoi(self) -> LapicEffect:
+        """Retire the highest vector in service; nothing happens when there is none."""
+        s = self._s
+        isr = s.isr
+        if not isr:
+            return _NOTHING
+        vector = isr.bit_length() - 1
+        bit = 1 << vector
+        s.isr = isr ^ bit
+        self._update_ppr()
+        if (s.tmr | self.watched_vectors) & bit:
+            return LapicEffect(None, vector, s.tmr & bit != 0, True)
+        return _EVENT
+
+    def accept(self, mode: DeliveryMode, vector: int, *, level: bool = True, trigger_level: bool = False) -> Accepted:
+        """Take a message that was sent to this chip; the answer says what the vCPU is owed."""
+        s = self._s
+        if mode is DeliveryMode.FIXED or mode is DeliveryMode.LOWEST_PRIORITY:
+            if mode is DeliveryMode.LOWEST_PRIORITY:
+                s.arb_prio += 1
+            if not self._enabled or (trigger_level and not level):
+                return Accepted.DROPPED
+            bit = 1 << (vector & 0xFF)
+            if trigger_level:
+                s.tmr |= bit
+            else:
+                s.tmr &= ~bit
+            s.irr |= bit
+            return Accepted.EVENT
+        if mode is DeliveryMode.REMOTE_READ:
+            return Accepted.UNHALT
+        if mode is DeliveryMode.NMI:
+            return Accepted.NMI
+        if mode is DeliveryMode.SMI:
+            return Accepted.SMI
+        if mode is DeliveryMode.INIT:
+            if trigger_level and not level:
+                return Accepted.DROPPED
+            s.init_pending = True
+            s.sipi_pending = False  # INIT overwrites a SIPI that was not taken yet
+            return Accepted.INIT
+        if mode is DeliveryMode.STARTUP:
+            s.sipi_vector = vector & 0xFF
+            s.sipi_pending = True
+            return Accepted.STARTUP
+        return Accepted.DROPPED  # ExtINT: see accepts_extint()
+
+    def accepts_extint(self) -> bool:
+        """Whether the 8259's INTR reaches this CPU: through LVT0 in ExtINT mode, or past a disabled chip."""
+        return not self._hw or self._s.lvt[Lvt.LINT0] & 0x1_0700 == 0x700
+
+    @property
+    def lint0_is_nmi(self) -> bool:
+        """LVT0 is in NMI mode, unmasked: each tick of the 8254 is an NMI here (the old watchdog)."""
+        return self._s.lvt[Lvt.LINT0] & 0x1_0700 == 0x400
+
+    def deliver_lvt(self, which: Lvt) -> Accepted:
+        """A local interrupt source fired. A delivered performance interrupt masks its entry, as on Intel."""
+        entry = self._s.lvt[which]
+        if not self._hw or entry & _MASKED:
+            return Accepted.DROPPED
+        answer = self.accept(_MODES[entry >> 8 & 7], entry & 0xFF, trigger_level=entry & 0x8000 != 0)
+        if which is Lvt.PERFORMANCE and answer is not Accepted.DROPPED:
+            self._set_lvt(which, entry | _MASKED)
+        return answer
+
+    # ---- the timer, as the run loop sees it ----------------------------------------------------------------
+
+    def has_pending_timer(self) -> bool:
+        """An expired timer waits that delivering would turn into an interrupt: a halted vCPU wakes."""
+        return self.timer.pending and self._enabled and not self._s.lvt[Lvt.TIMER] & _MASKED
+
+    def inject_timer(self) -> bool:
+        """Deliver a pending expiry; whether IRR got it (a masked timer's tick is lost)."""
+        if not self.timer.pending:
+            return False
+        answer = self.deliver_lvt(Lvt.TIMER)
+        self.timer.delivered()
+        return answer is Accepted.EVENT
+
+    # ---- INIT and SIPI -------------------------------------------------------------------------------------
+
+    @property
+    def pending_events(self) -> bool:
+        """INIT or SIPI waits to be taken."""
+        return self._s.init_pending or self._s.sipi_pending
+
+    def take_init(self) -> bool:
+        """Whether INIT was pending; it no longer is."""
+        taken = self._s.init_pending
+        self._s.init_pending = False
+        return taken
+
+    def take_sipi(self) -> int | None:
+        """The vector of a pending SIPI, which no longer is, or None."""
+        if not self._s.sipi_pending:
+            return None
+        self._s.sipi_pending = False
+        return self._s.sipi_vector
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def save(self) -> LapicState:
+        """A copy of the state."""
+        return replace(self._s, timer=self.timer.save())
+
+    def restore(self, state: LapicState) -> None:
+        """Take over a copy of ``state``."""
+        self.timer.restore(state.timer)
+        self._s = replace(state, timer=self.timer.state)
+        self._decode()
+
+    def reset(self, *, init: bool = False) -> None:
+        """RESET, or INIT, which keeps the base MSR, the id and, in x2APIC mode, LDR. Latched INIT/SIPI stay."""
+        old = self._s
+        new = LapicState(init_pending=old.init_pending, sipi_pending=old.sipi_pending, sipi_vector=old.sipi_vector)
+        if init:
+            new.base = old.base
+            new.apic_id = old.apic_id
+            if self._x2apic:
+                new.ldr = old.ldr
+        else:
+            new.apic_id = (self.vcpu_id & 0xFF) << 24
+            if self._bsp:
+                new.base |= _BASE_BSP
+        if self._bsp:
+            # KVM_X86_QUIRK_LINT0_REENABLED: firmware that never sets LVT0 still gets the 8259.
+            new.lvt = (*new.lvt[: Lvt.LINT0], 0x700, *new.lvt[Lvt.LINT0 + 1 :])
+        self.restore(new)
+
+    def to_page(self, now: int) -> bytes:
+        """``struct kvm_lapic_state``: the first 1 KiB of the register page; a 32-bit id in x2APIC mode."""
+        page = bytearray(_PAGE_BYTES)
+        for offset in range(_Reg.ID, _PAGE_BYTES, 0x10):
+            value = self._read(offset, now)
+            if value is not None:
+                page[offset : offset + 4] = value.to_bytes(4, "little")
+        return bytes(page)
+
+    def from_page(self, page: bytes, now: int) -> bool:
+        """KVM_SET_LAPIC; False (EINVAL) when an x2APIC's id differs. The timer goes on from TMCCT.
+
+        The page has no place for a pending expiry: a one-shot timer whose TMCCT is 0 expires at once.
+        """
+        if len(page) != _PAGE_BYTES:
+            raise ConfigError(f"a LAPIC page is {_PAGE_BYTES:#x} bytes, not {len(page):#x}")
+
+        def word(offset: int) -> int:
+            return int.from_bytes(page[offset : offset + 4], "little")
+
+        def bitmap(offset: int) -> int:
+            return sum(word(offset + 0x10 * i) << (32 * i) for i in range(8))
+
+        s = self._s
+        if self._x2apic and word(_Reg.ID) != self.vcpu_id:
+            return False
+        if not self._x2apic:
+            s.apic_id = word(_Reg.ID) & 0xFF00_0000
+            s.ldr = word(_Reg.LDR) & 0xFF00_0000
+            s.dfr = word(_Reg.DFR) | 0x0FFF_FFFF
+        s.tpr = word(_Reg.TPR) & 0xFF
+        s.spiv = word(_Reg.SPIV) & 0x3FF
+        s.isr, s.tmr, s.irr = bitmap(_Reg.ISR), bitmap(_Reg.TMR), bitmap(_Reg.IRR)
+        s.icr = word(_Reg.ICR) | word(_Reg.ICR2) << 32
+        s.lvt = tuple(word(_Reg.LVTT + 0x10 * i) & self._lvt_writable(i) for i in range(6))
+        s.arb_prio = 0
+        self.timer.restore(
+            LapicTimerState(
+                mode=_TIMER_MODES[s.lvt[Lvt.TIMER] >> 17 & 3], tmict=word(_Reg.TMICT), tdcr=word(_Reg.TDCR) & 0xB
+            )
+        )
+        s.timer = self.timer.state
+        self.timer.start_at_count(word(_Reg.TMCCT), now)
+        self._decode()
+        return True
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _read(self, offset: int, now: int) -> int | None:
+        """The register at ``offset``, or None where none is readable."""
+        s = self._s
+        if _Reg.ISR <= offset < _Reg.ESR:
+            bits = s.isr if offset < _Reg.TMR else s.tmr if offset < _Reg.IRR else s.irr
+            return bits >> (2 * (offset & 0x70)) & 0xFFFF_FFFF
+        if _Reg.LVTT <= offset <= _Reg.LVT_ERROR:
+            return s.lvt[(offset - _Reg.LVTT) >> 4]
+        match offset:
+            case _Reg.ID:
+                return s.apic_id
+            case _Reg.VERSION:
+                return 0x5_0014
+            case _Reg.TPR:
+                return s.tpr
+            case _Reg.PPR:
+                return self._ppr
+            case _Reg.LDR:
+                return s.ldr
+            case _Reg.DFR:
+                return s.dfr
+            case _Reg.SPIV:
+                return s.spiv
+            case _Reg.ESR | 0x090:  # ESR and the arbitration priority
+                return 0
+            case _Reg.ICR:
+                return s.icr & 0xFFFF_FFFF
+            case _Reg.ICR2:
+                return s.icr >> 32
+            case _Reg.TMICT:
+                return s.timer.tmict
+            case _Reg.TMCCT:
+                return self.timer.read_tmcct(now)
+            case _Reg.TDCR:
+                return s.timer.tdcr
+        return None
+
+    def _write(self, offset: int, value: int, now: int) -> LapicEffect | None:
+        """Store 32 bits; None where nothing is writable. What only one of the modes has is filtered before."""
+        s = self._s
+        if offset == _Reg.EOI:
+            return self.eoi()
+        if offset == _Reg.ICR:
+            low = value & ~0x1000
+            s.icr = s.icr & 0xFFFF_FFFF_0000_0000 | low
+            return LapicEffect(decode_icr(low, s.icr >> 56))
+        if _Reg.LVTT <= offset <= _Reg.LVT_ERROR:
+            return self._write_lvt(Lvt((offset - _Reg.LVTT) >> 4), value)
+        match offset:
+            case _Reg.TMICT:
+                self.timer.write_tmict(value, now)
+                return _TIMER
+            case _Reg.ICR2:
+                s.icr = s.icr & 0xFFFF_FFFF | (value & 0xFF00_0000) << 32
+            case _Reg.TDCR:
+                self.timer.write_tdcr(value, now)
+                return _TIMER
+            case _Reg.TPR:
+                return self.write_tpr(value)
+            case _Reg.ID:
+                return self._changes_map("apic_id", value & 0xFF00_0000)
+            case _Reg.LDR:
+                return self._changes_map("ldr", value & 0xFF00_0000)
+            case _Reg.DFR:
+                return self._changes_map("dfr", value | 0x0FFF_FFFF)
+            case _Reg.SPIV:
+                return self._write_spiv(value & 0x3FF)
+            case _Reg.ESR:
+                pass
+            case _:
+                return None
+        return _NOTHING
+
+    def _changes_map(self, name: str, value: int) -> LapicEffect:
+        if getattr(self._s, name) == value:
+            return _NOTHING
+        setattr(self._s, name, value)
+        return _MAP
+
+    def _write_spiv(self, value: int) -> LapicEffect:
+        s = self._s
+        changed = (s.spiv ^ value) & _SW_ENABLE
+        s.spiv = value
+        if not value & _SW_ENABLE:
+            s.lvt = tuple(entry | _MASKED for entry in s.lvt)
+            self.timer.drop_pending()
+        self._decode()
+        return _MAP if changed else _NOTHING
+
+    def _write_lvt(self, which: Lvt, value: int) -> LapicEffect:
+        if not self._s.spiv & _SW_ENABLE:
+            value |= _MASKED
+        value &= self._lvt_writable(which)
+        self._set_lvt(which, value)
+        if which is not Lvt.TIMER:
+            return _NOTHING
+        self.timer.set_mode(_TIMER_MODES[value >> 17 & 3])
+        return _TIMER
+
+    def _lvt_writable(self, which: int) -> int:
+        return _LVT_WRITABLE[which] | (0 if which else self._timer_mask)
+
+    def _set_lvt(self, which: Lvt, value: int) -> None:
+        lvt = self._s.lvt
+        self._s.lvt = (*lvt[:which], value, *lvt[which + 1 :])
+
+    def _set_x2apic_id(self) -> None:
+        s = self._s
+        s.apic_id = self.vcpu_id
+        s.ldr = (self.vcpu_id >> 4) << 16 & 0xFFFF_0000 | 1 << (self.vcpu_id & 0xF)
+
+    def _update_ppr(self) -> None:
+        s = self._s
+        tpr = s.tpr
+        service = (s.isr.bit_length() - 1) & 0xF0 if s.isr else 0
+        self._ppr = tpr if tpr & 0xF0 >= service else service
+
+    def _decode(self) -> None:
+        """Refresh what the hot paths keep decoded."""
+        s = self._s
+        self._hw = s.base & _BASE_EN != 0
+        self._x2apic = s.base & (_BASE_EN | _BASE_EXTD) == _BASE_EN | _BASE_EXTD
+        self._enabled = self._hw and s.spiv & _SW_ENABLE != 0
+        self._update_ppr()
