@@ -1,0 +1,183 @@
+"""A vCPU spins: how long that may last (the PAUSE-loop window), and to whom it then gives its CPU.
+
+**The window.** The CPU leaves the guest when a loop of PAUSEs has lasted longer than the window. The window doubles at
+each such exit and snaps back when the vCPU is scheduled in, so one wait costs few exits and the next starts fresh.
+
+**The choice** (``kvm_vcpu_on_spin``). Starting behind the vCPU that was boosted last, find one that is ready but not
+running and could be what the spinner waits for. A vCPU that spins itself is a poor choice, but refusing it for ever
+could starve the lock's next owner: so it is refused and accepted in turn. Asking toggles, and asking comes last, so
+that only who passed the other questions is toggled.
+
+Source: ``virt/kvm/kvm_main.c``, ``arch/x86/kvm/vmx/vmx.c`` of Linux 6.16; the sheet *halt-and-spin* §2, §3. Two things
+differ: ``last_boosted_vcpu`` is a vCPU's index here (6.16.1 stores the loop's offset), and shrinking by subtraction
+stops at the base where KVM's unsigned arithmetic could wrap.
+
+Modelled: VMX's window with its parameters, every filter of 6.16, the eligibility toggle. Not modelled: the gap between
+two PAUSEs, which is the engine's to judge; SVM's count of PAUSEs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["PleParams", "PleWindow", "SpinCandidate", "SpinOptions", "SpinOutcome", "on_spin"]
+
+#: So many vCPUs may refuse (a negative answer) before the spinner gives up.
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PleParams:
+    """``kvm_intel``'s ``ple_*`` parameters; times in TSC cycles.
+
+    A factor below 1 resets the window to its base, one below the base multiplies or divides, a larger one is added or
+    subtracted.
+    """
+
+    gap: int = 128
+    window: int = 4096
+    grow: int = 2
+    shrink: int = 0
+    window_max: int = 0xFFFF_FFFF
+
+
+_VMX = PleParams()
+
+
+class PleWindow:
+    """One vCPU's PAUSE-loop window, in TSC cycles; ``window`` is its whole state."""
+
+    __slots__ = ("params", "window")
+
+    def __init__(self, params: PleParams = _VMX) -> None:
+        self.params = params
+        self.window = params.window
+
+    def grow(self) -> None:
+        """A PAUSE-loop exit happened."""
+        p = self.params
+        if p.grow < 1:
+            self.window = p.window
+        else:
+            grown = self.window * p.grow if p.grow < p.window else self.window + p.grow
+            self.window = min(grown, p.window_max)
+
+    def sched_in(self) -> None:
+        """The vCPU got a CPU."""
+        p = self.params
+        if p.shrink < 1:
+            self.window = p.window
+        else:
+            shrunk = self.window // p.shrink if p.shrink < p.window else self.window - p.shrink
+            self.window = max(shrunk, p.window)
+
+
+class SpinCandidate(Protocol):
+    """A vCPU, as the choice sees it."""
+
+    #: Wants a CPU: it was preempted, or it has been woken.
+    @property
+    def ready(self) -> bool: ...
+    #: Lost its CPU while it still wanted it.
+    @property
+    def preempted(self) -> bool: ...
+    #: It was at CPL 0 when it was preempted.
+    @property
+    def preempted_in_kernel(self) -> bool: ...
+    #: Sleeps on its wait queue.
+    @property
+    def blocking(self) -> bool: ...
+
+    in_spin_loop: bool
+    dy_eligible: bool
+
+    def dy_runnable(self) -> bool:
+        """Asleep, but something has come that will end the sleep."""
+
+    def dy_has_pending_interrupt(self) -> bool:
+        """An interrupt waits for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpinOptions:
+    """Which filters are on. Both: 6.16. Eligibility alone: 4.6, and since 2012. None: the plain scan of 2011."""
+
+    eligibility_filter: bool = True
+    #: VMX's handler asks for it always, as PAUSE-loop exits happen at CPL 0 only.
+    kernel_mode_filter: bool = True
+
+
+class SpinOutcome(NamedTuple):
+    """``target``: whom the CPU went to, or -1. ``tries``: how many were asked to take it, ``probes``: looked at."""
+
+    target: int
+    tries: int
+    probes: int
+
+
+_NOBODY = SpinOutcome(-1, 0, 0)
+_DEFAULT = SpinOptions()
+
+
+def _eligible(candidate: SpinCandidate) -> bool:
+    """Whether to yield to it; a spinning one answers no and yes in turn."""
+    if not candidate.in_spin_loop:
+        return True
+    eligible = candidate.dy_eligible
+    candidate.dy_eligible = not eligible
+    return eligible
+
+
+def on_spin(
+    vcpus: Sequence[SpinCandidate],
+    me: int,
+    last_boosted: int,
+    yield_to: Callable[[int], int],
+    options: SpinOptions = _DEFAULT,
+) -> SpinOutcome:
+    """vCPU ``me`` spins: offer its CPU around, starting behind ``last_boosted``.
+
+    ``yield_to(index)`` answers positive when the CPU changed hands, 0 when that vCPU could not take it, negative when
+    there is nothing to gain. A ``target`` that is not -1 is the new ``last_boosted``.
+    """
+    count = len(vcpus)
+    if count < 2:
+        return _NOBODY
+    spinner = vcpus[me]
+    spinner.in_spin_loop = True
+    target, tries, probes, refusals = -1, 0, 0, 0
+    for step in range(1, count + 1):
+        index = (last_boosted + step) % count
+        if index == me:
+            continue
+        vcpu = vcpus[index]
+        probes += 1
+        if not vcpu.ready or (vcpu.blocking and not vcpu.dy_runnable()):
+            continue
+        # Who was merely woken is taken as in the kernel; so is who has an interrupt waiting, for the spinner may wait
+        # for the answer to an IPI.
+        if (
+            options.kernel_mode_filter
+            and vcpu.preempted
+            and not vcpu.preempted_in_kernel
+            and not vcpu.dy_has_pending_interrupt()
+        ):
+            continue
+        if options.eligibility_filter and not _eligible(vcpu):
+            continue
+        tries += 1
+        answer = yield_to(index)
+        if answer > 0:
+            target = index
+            break
+        if answer < 0:
+            refusals += 1
+            if refusals == _TRIES:
+                break
+    spinner.in_spin_loop = False
+    spinner.dy_eligible = False
+    return SpinOutcome(target, tries, probes)
