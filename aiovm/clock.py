@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-__all__ = ["FOREVER", "Alarm", "Clock", "Timer", "VirtualClock", "WallClock"]
+__all__ = ["FOREVER", "Alarm", "Clock", "Timer", "VirtualClock", "WallClock", "new_cells"]
 
 #: A deadline that never comes.
 FOREVER: Final = 1 << 62
@@ -75,7 +75,8 @@ class Clock(Protocol):
     def is_virtual(self) -> bool: ...
 
 
-def _new_cells() -> memoryview:
+def new_cells() -> memoryview:
+    """A pair (now, limit) that the engine's block hook can share."""
     return memoryview((ctypes.c_int64 * 2)()).cast("B").cast("q")
 
 
@@ -131,13 +132,13 @@ class Alarm:
         if wakeup is not None:
             self._context.run(wakeup, self)
 
-    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002  (the protocol's argument)
+    def cancel(self, msg: object = None) -> bool:
         if self._wakeup is None:
             return False
         if self._timer is not None:
             self._timer.cancel()
         self._cancelled = True
-        self._loop.call_soon(self._fire, context=self._context)
+        self._loop.call_soon(self._fire)
         return True
 
     def result(self) -> None:
@@ -150,7 +151,7 @@ class VirtualClock:
     is_virtual = True
 
     def __init__(self, *, lookahead: int = 2_000) -> None:
-        self.cells = _new_cells()
+        self.cells = new_cells()
         self.cells[1] = FOREVER
         self.lookahead = lookahead
         self._heap: list[tuple[int, int, Timer]] = []
@@ -232,7 +233,7 @@ class WallClock:
     lookahead = 0
 
     def __init__(self) -> None:
-        self.cells = _new_cells()
+        self.cells = new_cells()
         self.cells[1] = FOREVER
         self._base = time.monotonic_ns()
         self._loop = asyncio.get_running_loop()

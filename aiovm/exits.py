@@ -11,6 +11,7 @@ import enum
 from dataclasses import dataclass
 
 __all__ = [
+    "BUDGET",
     "Budget",
     "Cpuid",
     "CrAccess",
@@ -28,6 +29,7 @@ __all__ = [
     "PauseLoop",
     "Pio",
     "Shutdown",
+    "SystemEvent",
     "Tsc",
 ]
 
@@ -68,6 +70,10 @@ class ExitReason(enum.IntEnum):
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The slice's limit was reached, before the block that would start beyond it."""
+
+
+#: The one value, so that the run loop may ask ``is``.
+BUDGET = Budget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,17 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class SystemEvent:
+    """The guest asked the machine to end or to start again: ``kind`` is power-off, reset or debug-exit.
+
+    ``status`` is the process status that goes with it.
+    """
+
+    kind: str
+    status: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFault:
     """The engine could not go on: its error number and words."""
 
@@ -205,5 +222,6 @@ Exit = (
     | IrqWindow
     | Debug
     | Shutdown
+    | SystemEvent
     | EngineFault
 )

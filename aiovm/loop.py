@@ -150,6 +150,7 @@ class Host:
         self.policy = Fair() if policy is None else policy
         self.pcpus = tuple(Pcpu(i) for i in range(pcpus))
         self.threads: list[Thread] = []
+        self.machines: list[object] = []
         self.policy.attach(self.pcpus, self.random)
         self._slice_timer: list[int] = [0] * pcpus
         if isinstance(clock, VirtualClock):
@@ -157,7 +158,20 @@ class Host:
         if isinstance(loop, VirtualLoop):
             loop.describe = self.describe
 
+    def register_machine(self, machine: object) -> int:
+        """A machine joins; its number on this host."""
+        self.machines.append(machine)
+        return len(self.machines) - 1
+
     # ---- threads -----------------------------------------------------------------------------------------------
+
+    def retire(self, thread: Thread) -> None:
+        """Whatever ``thread`` is, it is BLOCKED afterwards: its coroutine ends."""
+        if thread.state is ThreadState.RUNNING:
+            self.block(thread)
+        elif thread.state is ThreadState.READY:
+            self.policy.remove(thread)
+            thread.state = ThreadState.BLOCKED
 
     def add_thread(self, notifier: PreemptNotifier, group: int) -> Thread:
         """A new thread, blocked. ``group``: its machine's number."""
@@ -243,7 +257,7 @@ class Host:
 
     def describe(self) -> str:
         """Every thread's state, for messages."""
-        return "; ".join(f"thread {t.number} {t.state.value}" for t in self.threads) or "no threads"
+        return "; ".join(t.notifier.describe() for t in self.threads) or "no threads"
 
     # ---- on and off a CPU ------------------------------------------------------------------------------------------
 

@@ -122,6 +122,10 @@ class CpuState(Protocol):
     gdt: DescriptorTable
     idt: DescriptorTable
 
+    @property
+    def long_mode(self) -> bool:
+        """64-bit code runs: EFER.LMA and CS.L."""
+
     def segment(self, which: Seg) -> Segment: ...
     def set_segment(self, which: Seg, value: Segment) -> None: ...
     def get_dr(self, index: int) -> int: ...

@@ -91,6 +91,10 @@ class Policy:
         """``thread`` is ready and belongs to ``pcpu``."""
         pcpu.queue.append(thread)
 
+    def remove(self, thread: Thread) -> None:
+        """``thread`` no longer wants its CPU."""
+        self.pcpus[thread.pcpu_index].queue.remove(thread)
+
     def ran(self, thread: Thread, ns: int) -> None:
         """``thread`` ran for ``ns``."""
 

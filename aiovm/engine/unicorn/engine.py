@@ -33,7 +33,9 @@ from aiovm.engine.unicorn.layout import (
     CPU_ICOUNT_DECR,
     CPU_INTERRUPT_REQUEST,
     CPU_TO_ENV,
+    EFER_MSR,
     ENV_END,
+    MSRS,
     UC_CPU,
     UC_NO_EXIT_REQUEST,
     VIRQ_BYTE,
@@ -44,8 +46,7 @@ from aiovm.engine.unicorn.layout import (
 )
 from aiovm.engine.unicorn.state import EnvState
 from aiovm.errors import EngineError
-from aiovm.exits import Budget as BudgetExit
-from aiovm.exits import EngineFault, Exit
+from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
 from aiovm.memory import PAGE, GuestMemory, MemoryMap, Memslot, SlotFlags
 
 if TYPE_CHECKING:
@@ -68,20 +69,10 @@ _EFLAGS: Final = Env.EFLAGS >> 3
 _M32: Final = 0xFFFF_FFFF
 _STOP_NOW: Final = -(1 << 62)
 _WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
-_BUDGET: Final = BudgetExit()
 _IO_VECTOR: Final = 1
 
-#: MSRs that the core holds: read without an exit, written after the port's check.
-_CORE_MSRS: Final = (
-    0x174, 0x175, 0x176, 0x277, 0xC000_0080, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084,
-    0xC000_0100, 0xC000_0101, 0xC000_0102, 0xC000_0103,
-)  # fmt: skip
-
-
-class _MsrCell(ctypes.Structure):
-    """``uc_x86_msr``."""
-
-    _fields_ = (("rid", ctypes.c_uint32), ("value", ctypes.c_uint64))
+#: 32-bit MSRs of the core.
+_NARROW: Final = frozenset({0x174, 0xC000_0084, 0xC000_0103})
 
 
 class UnicornContext:
@@ -157,13 +148,19 @@ class UnicornContext:
 
     def read_msr(self, index: int) -> int:
         """An MSR that the core holds (one of the SYSCALL, base, SYSENTER, EFER or PAT registers)."""
-        self.engine.load(self)
-        return self.engine.core_msr(index, None)
+        if index == EFER_MSR:
+            return self._state.efer
+        value: int = self._state.q[MSRS[index] >> 3]
+        return value & _M32 if index in _NARROW else value
 
     def write_msr(self, index: int, value: int) -> None:
         """Store an MSR that the core holds; the caller has checked the value."""
-        self.engine.load(self)
-        self.engine.core_msr(index, value)
+        if index == EFER_MSR:
+            self._state.efer = value
+        elif index in _NARROW:
+            self._state.d[MSRS[index] >> 2] = value & _M32
+        else:
+            self._state.q[MSRS[index] >> 3] = value
 
     def run(self, limit: int) -> Exit:
         return self.engine.run(self, limit)
@@ -205,6 +202,7 @@ class UnicornEngine:
         self._failure: BaseException | None = None
         self._in_interrupt = False
         self._io_leave = False
+        self._kicked = False
         self._dirty_code = False
         #: The paging registers for which the TLB's contents hold; vCPUs that share them share it.
         self._tlb_of: tuple[int, int, int, int] | None = None
@@ -250,7 +248,7 @@ class UnicornEngine:
         lib.check(lib.uc_mem_map_ptr(out, _VMCB, _VMCB_SIZE, 3, start), "map the engine's pages")
         self.private[0x48:0x50] = _MSRPM.to_bytes(8, "little")
         self.private[0x2000:0x4000] = b"\xff" * 0x2000
-        for msr in _CORE_MSRS:
+        for msr in (*MSRS, EFER_MSR):
             at = msr * 2 if msr < 0x2000 else (0x2000 + msr - 0xC000_0000) * 2
             self.private[0x2000 + at // 8] &= ~(1 << at % 8)  # reads pass, writes exit
 
@@ -398,15 +396,6 @@ class UnicornEngine:
         lib.check(lib.uc_reg_read(self._uc, register, self._register_at), "read a register")
         return self._register.value
 
-    def core_msr(self, index: int, value: int | None) -> int:
-        """Read or write an MSR inside the core, for the loaded vCPU."""
-        cell = _MsrCell(index, value or 0)
-        call = lib.uc_reg_read if value is None else lib.uc_reg_write
-        lib.check(call(self._uc, lib.x86.UC_X86_REG_MSR, ctypes.byref(cell)), f"MSR {index:#x}")
-        if value is not None:
-            self._sync_in()
-        return int(cell.value)
-
     def apply_window(self, wanted: bool) -> None:
         """Open or close the interrupt window of the loaded vCPU."""
         if self.pointers:
@@ -437,19 +426,24 @@ class UnicornEngine:
             lib.uc_ctl_0(self._uc, lib.CTL_TLB_FLUSH)
         self.budget.struct.ple_window = context.ple_window
         self.apply_window(context.window)
-        self.cells[1] = limit
         self._exit = None
+        # Invariant: a kick stores its flag, then the limit; here the other way round. One of the two sees it.
+        self.cells[1] = limit
+        if self._kicked:
+            self._kicked = False
+            return Interrupted()
         if self.pointers:
             error = self._emu_start(self._uc, state.q[_EIP], 0, 0, 0)
         else:
             error = self._run_public(context, limit)
+        self._kicked = False
         if self._failure is not None:
             self._raise_failure()
         if self._exit is not None:
             return self._exit
         if error:
-            return EngineFault(error, str(lib.UcError(error)))
-        return _BUDGET
+            return EngineFault(error, lib.words(error))
+        return BUDGET
 
     def _run_public(self, context: UnicornContext, limit: int) -> int:
         """Without pointers there is no interrupt window: look at IF every 500 ns of guest time instead."""
@@ -465,7 +459,8 @@ class UnicornEngine:
                 context.port.on_irq_window()
 
     def kick(self) -> None:
-        """End the running slice at its next block, from any thread."""
+        """End the running slice at its next block, or the next one before it begins; from any thread."""
+        self._kicked = True
         self.cells[1] = _STOP_NOW
 
     def leave(self, exit_: Exit) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["ENV_END", "Env", "Hf", "Hf2", "Intercept"]
+__all__ = ["EFER_MSR", "ENV_END", "MSRS", "Env", "Hf", "Hf2", "Intercept"]
 
 # uc_struct
 UC_CPU: Final = 0x1B8
@@ -64,6 +64,24 @@ class Env:
 
 
 SEGMENT_SIZE: Final = 24
+
+#: MSRs that the core holds, and where. They are reached here and not by WRMSR's own helper: that one checks the
+#: intercepts and would leave through a longjmp over whoever called it.
+MSRS: Final = {
+    0x174: 0x12C0,  # SYSENTER_CS
+    0x175: 0x12C8,
+    0x176: 0x12D0,
+    0x277: 0x14A0,  # PAT
+    0xC000_0081: 0x12D8,  # STAR
+    0xC000_0082: 0x12E8,
+    0xC000_0083: 0x12F0,
+    0xC000_0084: 0x12F8,
+    0xC000_0100: 0x120,  # FS.base
+    0xC000_0101: 0x138,  # GS.base
+    0xC000_0102: 0x1300,  # KernelGSbase
+    0xC000_0103: 0x1320,  # TSC_AUX
+}
+EFER_MSR: Final = 0xC000_0080
 
 
 class Hf:

@@ -11,14 +11,13 @@ import ctypes
 from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
 import unicorn
-from unicorn import UcError
 import unicorn.unicorn_py3.unicorn as binding
 from unicorn import unicorn_const, x86_const
 
 __all__ = [
     "HOOK_BLOCK_T",
-    "HOOK_IN_T",
     "HOOK_INTR_T",
+    "HOOK_IN_T",
     "HOOK_OUT_T",
     "HOOK_SYSCALL_T",
     "address_of",
@@ -32,7 +31,14 @@ x86 = x86_const
 raw = binding.uclib
 _holding = ctypes.PyDLL(raw._name)
 
-VERSION: tuple[int, ...] = tuple(unicorn.uc_version())
+
+def _version() -> tuple[int, int, int]:
+    # major << 24 | minor << 16 | patch << 8 | extra
+    number = raw.uc_version(None, None)
+    return number >> 24, number >> 16 & 0xFF, number >> 8 & 0xFF
+
+
+VERSION = _version()
 
 HOOK_INTR_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)
 HOOK_BLOCK_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)
@@ -106,9 +112,16 @@ def address_of(callback: ctypes._FuncPointer) -> int:
     return value
 
 
+def words(error: int) -> str:
+    """Unicorn's words for an error number."""
+    function = raw.uc_strerror
+    text = function(error)
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+
 def check(error: int, what: str) -> None:
     """``EngineError`` unless ``error`` is 0."""
     if error:
         from aiovm.errors import EngineError
 
-        raise EngineError(f"{what}: Unicorn error {error} ({UcError(error)})")
+        raise EngineError(f"{what}: Unicorn error {error} ({words(error)})")

@@ -162,6 +162,10 @@ class EnvState:
     def interrupt_shadow(self, value: bool) -> None:
         self.d[_HFLAGS] = self.d[_HFLAGS] & ~Hf.INHIBIT_IRQ | (Hf.INHIBIT_IRQ if value else 0)
 
+    @property
+    def long_mode(self) -> bool:
+        return bool(self.d[_HFLAGS] & Hf.CS64)
+
     # ---- segments and tables -------------------------------------------------------------------------------------
 
     def segment(self, which: Seg) -> Segment:

@@ -1,0 +1,77 @@
+"""The CPU model that guests see: what this core executes, and nothing more (SDM vol. 2A, CPUID).
+
+The base is what Unicorn's default model (Haswell) reports. Taken away: what the core does not execute (AVX, FMA, F16C,
+XSAVE, MONITOR, MTRR and machine check, which nobody implements here), ERMS (``rep movsb`` runs a byte an iteration, so
+guests should prefer wide moves) and RDRAND (its answers come from the host, and a run could not be repeated).
+Added: x2APIC, TSC deadline, invariant TSC, always-running APIC timer, 1 GiB pages, the hypervisor bit, the topology
+leaf, and KVM's leaves at 0x40000000 (:mod:`aiovm.paravirt`).
+"""
+
+from __future__ import annotations
+
+from aiovm.paravirt import KvmFeature, kvm_cpuid_leaves
+
+__all__ = ["SIGNATURE", "CpuidTable"]
+
+Leaf = tuple[int, int, int, int]
+
+#: CPUID.1:EAX, also RDX after reset.
+SIGNATURE = 0x306C4
+
+_VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)  # EBX, ECX, EDX of "GenuineIntel"
+_HYPERVISOR = 1 << 31
+_TSC_DEADLINE = 1 << 24
+_X2APIC = 1 << 21
+_ECX_CORE = 0x4ED8_2203 & ~(1 << 26 | 1 << 27 | 1 << 30)  # SSE3..AES of the core, without XSAVE, OSXSAVE, RDRAND
+_EDX_CORE = 0x078B_FBFD & ~(1 << 7 | 1 << 12 | 1 << 14)  # without MCE, MTRR, MCA
+_HTT = 1 << 28
+_WITH_SUBLEAF = frozenset({4, 7, 0xB, 0xD})
+
+
+class CpuidTable:
+    """The answers for a machine of ``vcpus`` CPUs at ``tsc_khz``."""
+
+    def __init__(self, *, vcpus: int, tsc_khz: int, features: KvmFeature, hints: int = 0) -> None:
+        shift = max(1, (vcpus - 1).bit_length())
+        extended_c = 0x21  # LAHF, ABM
+        extended_d = 0x2810_0800 | 1 << 26  # SYSCALL, NX, RDTSCP, LM, and 1 GiB pages
+        self._shift = shift
+        self._vcpus = vcpus
+        self._leaves: dict[tuple[int, int], Leaf] = {
+            (0, 0): (0xB, *_VENDOR),
+            (1, 0): (
+                SIGNATURE,
+                0x800 | min(vcpus, 255) << 16,
+                _ECX_CORE | _HYPERVISOR | _TSC_DEADLINE | _X2APIC,
+                _EDX_CORE | (_HTT if vcpus > 1 else 0),
+            ),
+            (2, 0): (1, 0, 0, 0x2C307D),
+            (4, 0): (0x121, 0x1C0003F, 0x3F, 1),
+            (4, 1): (0x122, 0x1C0003F, 0x3F, 1),
+            (4, 2): (0x143, 0x3C0003F, 0xFFF, 1),
+            (6, 0): (4, 0, 0, 0),  # ARAT
+            (7, 0): (0, 0x189, 0, 0),  # FSGSBASE, BMI1, SMEP, BMI2
+            (0x8000_0000, 0): (0x8000_0008, *_VENDOR),
+            (0x8000_0001, 0): (SIGNATURE, 0, extended_c, extended_d),
+            (0x8000_0002, 0): (0x65746E49, 0x6F43206C, 0x50206572, 0x65636F72),
+            (0x8000_0003, 0): (0x726F7373, 0x61482820, 0x6C657773, 0x296C),
+            (0x8000_0005, 0): (0x1FF01FF, 0x1FF01FF, 0x40020140, 0x40020140),
+            (0x8000_0006, 0): (0, 0x42004200, 0x2008140, 0),
+            (0x8000_0007, 0): (0, 0, 0, 1 << 8),  # invariant TSC
+            (0x8000_0008, 0): (0x3028, 0, 0, 0),  # 40 physical, 48 linear address bits
+        }
+        for number, leaf in kvm_cpuid_leaves(features, hints=hints, tsc_khz=tsc_khz).items():
+            self._leaves[number, 0] = leaf
+
+    def answer(self, leaf: int, subleaf: int, apic_id: int) -> Leaf:
+        """EAX, EBX, ECX, EDX for one CPU. Leaves that do not exist read zero, as on AMD."""
+        found = self._leaves.get((leaf, subleaf if leaf in _WITH_SUBLEAF else 0))
+        if leaf == 1 and found is not None:
+            return found[0], found[1] | (apic_id & 0xFF) << 24, found[2], found[3]
+        if leaf == 0xB:
+            if subleaf == 0:
+                return 0, 1, 0x100, apic_id
+            if subleaf == 1:
+                return self._shift, self._vcpus, 0x201, apic_id
+            return 0, 0, subleaf & 0xFF, apic_id
+        return found or (0, 0, 0, 0)

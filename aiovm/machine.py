@@ -1,0 +1,95 @@
+"""What a vCPU may ask of its machine: the face of :class:`aiovm.vm.Vm` that lies below it.
+
+The machine is the wiring: memory, buses, chips, the other vCPUs. A vCPU knows this protocol and nothing more of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aiovm.bus import Bus
+    from aiovm.clock import Clock, Timer
+    from aiovm.costs import Costs
+    from aiovm.cpuid import CpuidTable
+    from aiovm.engine.base import Context, Engine
+    from aiovm.exits import Exit
+    from aiovm.lapic_message import IpiMessage
+    from aiovm.loop import Host
+    from aiovm.memory import GuestMemory
+    from aiovm.spin import SpinOptions
+    from aiovm.trace import Tracer
+    from aiovm.vcpu import Vcpu
+
+__all__ = ["Machine"]
+
+
+class Machine(Protocol):
+    """One virtual machine, as its vCPUs see it. Times are ns."""
+
+    number: int
+    host: Host
+    clock: Clock
+    costs: Costs
+    trace: Tracer
+    memory: GuestMemory
+    ports: Bus
+    mmio: Bus
+    engine: Engine
+    cpuid: CpuidTable
+    vcpus: Sequence[Vcpu]
+    #: Guest TSC cycles a millisecond.
+    tsc_khz: int
+    #: Pause-loop exiting is on.
+    ple: bool
+    spin_options: SpinOptions
+    #: Index of the vCPU that a directed yield boosted last (``kvm->last_boosted_vcpu``).
+    last_boosted_vcpu: int
+    #: KVM_CAP_HALT_POLL: the longest poll, ns; 0 turns polling off.
+    halt_poll_ns: int
+    #: On the wall clock: a slice's length, in ns of charged guest code.
+    wall_slice_ns: int
+
+    def read_tsc(self) -> int:
+        """The TSC that all vCPUs share, now; never behind what any of them has seen."""
+
+    def tsc_to_ns(self, tsc: int) -> int:
+        """When the shared TSC reaches ``tsc``, ns of the machine's clock."""
+
+    def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
+        """Run ``callback`` at ``deadline`` while no slice of this machine runs."""
+
+    def deliver_ipi(self, source: Vcpu, message: IpiMessage) -> None:
+        """Carry an interrupt command to its targets, after the time that takes."""
+
+    def apic_map_changed(self) -> None:
+        """An APIC's id, destination registers or enable bits changed."""
+
+    def broadcast_eoi(self, vector: int, *, level: bool) -> None:
+        """An interrupt was retired: the I/O APIC wants to know."""
+
+    def pic_pending(self, vcpu: Vcpu) -> bool:
+        """Whether the 8259 pair asks this vCPU for an interrupt."""
+
+    def pic_vector(self, vcpu: Vcpu) -> int:
+        """Acknowledge the 8259 pair."""
+
+    def unclaimed_in(self, vcpu: Vcpu, port: int, size: int) -> int:
+        """Nobody on the bus answers a port read."""
+
+    def unclaimed_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> None:
+        """Nobody on the bus answers a port write."""
+
+    def pv_kick(self, source: Vcpu, apic_id: int) -> None:
+        """KVM_HC_KICK_CPU, at the loop's time."""
+
+    def pv_sched_yield(self, source: Vcpu, apic_id: int) -> None:
+        """KVM_HC_SCHED_YIELD, at the loop's time."""
+
+    def hypercall(self, vcpu: Vcpu, number: int, args: tuple[int, int, int, int]) -> int:
+        """The hypercalls that concern the whole machine; -1000 for one that does not exist."""
+
+    async def run_slice(self, context: Context, budget: int) -> Exit:
+        """On the wall clock: one slice in the machine's worker thread, ``budget`` charged ns long at most."""

@@ -1,0 +1,554 @@
+"""The vCPU: ``struct kvm_vcpu``, and the coroutine that is the life of KVM_RUN.
+
+The coroutine reads like KVM's loop (``arch/x86/kvm/x86.c`` vcpu_run, vcpu_enter_guest; ``virt/kvm/kvm_main.c``):
+
+    on a CPU -> requests -> events -> guest mode -> slice -> exit -> on and on;  blocked while halted
+
+Rules:
+
+* One writer: the coroutine owns registers, events and ``mp_state``. Others reach it through requests, IRR bits,
+  INIT/SIPI bits, ``pv_unhalted`` and the kick, in the order data, request, kick (the sheet *requests* §7).
+* The last look at ``requests`` comes after ``mode`` is IN_GUEST. On the virtual loop nothing can come between; on the
+  wall clock a kick that finds IN_GUEST lowers the slice's limit, so one of the two always sees the other.
+* The wait queue is an ``asyncio.Event``: clear, test, wait, with no await between clear and test. Together with the
+  sticky kick token no wake-up can be missed.
+* In virtual time ``mode`` stays IN_GUEST until the loop has reached the slice's end.
+
+Answers given inside a slice are in :mod:`aiovm.port`; this module holds state and waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiovm.clock import FOREVER, Alarm
+from aiovm.engine.base import Seg, Segment
+from aiovm.events import EventState
+from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown
+from aiovm.halt_poll import adapt
+from aiovm.lapic_message import Accepted, DeliveryMode
+from aiovm.paravirt import StealTime
+from aiovm.policy.thread import ThreadState
+from aiovm.port import VcpuPort
+from aiovm.requests import Request, Requests, VcpuMode
+from aiovm.spin import PleWindow, on_spin
+from aiovm.trace import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiovm.clock import Timer
+    from aiovm.engine.base import Context
+    from aiovm.lapic import Lapic
+    from aiovm.machine import Machine
+    from aiovm.policy.thread import Thread
+
+__all__ = ["MpState", "Vcpu", "VcpuStat"]
+
+#: ns of virtual time after which even a lone vCPU gives the loop a turn.
+_MAX_SLICE = 1_000_000
+#: What ends a directed yield's idea that a blocked vCPU is not worth boosting (``kvm_arch_dy_runnable``).
+_DY_REQUESTS = 1 << Request.NMI | 1 << Request.SMI | 1 << Request.EVENT
+_NMI_OR_SMI = 1 << Request.NMI | 1 << Request.SMI
+_UNBLOCK = 1 << Request.UNBLOCK
+
+
+class MpState(enum.IntEnum):
+    """``KVM_MP_STATE_*`` (``include/uapi/linux/kvm.h``)."""
+
+    RUNNABLE = 0
+    UNINITIALIZED = 1
+    INIT_RECEIVED = 2
+    HALTED = 3
+    SIPI_RECEIVED = 4
+
+
+@dataclass(slots=True)
+class VcpuStat:
+    """``kvm_vcpu_stat``, as far as an emulated CPU has it (the sheet *vcpu* §4, 6.16 names)."""
+
+    exits: int = 0
+    io_exits: int = 0
+    mmio_exits: int = 0
+    signal_exits: int = 0
+    irq_window_exits: int = 0
+    request_irq_exits: int = 0
+    irq_injections: int = 0
+    nmi_injections: int = 0
+    hypercalls: int = 0
+    halt_exits: int = 0
+    halt_wakeup: int = 0
+    halt_attempted_poll: int = 0
+    halt_successful_poll: int = 0
+    halt_poll_success_ns: int = 0
+    halt_poll_fail_ns: int = 0
+    halt_wait_ns: int = 0
+    pause_exits: int = 0
+    directed_yield_attempted: int = 0
+    directed_yield_successful: int = 0
+    preemption_reported: int = 0
+    #: PV kicks received.
+    kicks: int = 0
+
+
+class Vcpu:
+    """One virtual CPU. Make it through :class:`aiovm.vm.Vm`.
+
+    Attributes carry KVM's names; docs/kvm-map.md says what each is for.
+    """
+
+    def __init__(self, vm: Machine, index: int, *, vcpu_id: int, apic: Lapic) -> None:
+        self.vm = vm
+        self.index = index
+        self.vcpu_id = vcpu_id
+        self.apic = apic
+        self.cpu = -1
+        self.mode = VcpuMode.OUTSIDE
+        self.requests = Requests()
+        self.mp_state = MpState.RUNNABLE if index == 0 else MpState.UNINITIALIZED
+        self.wq = asyncio.Event()
+        self.mutex = asyncio.Lock()
+        self.pid: asyncio.Task[object] | None = None
+        self.stat = VcpuStat()
+        self.preempted = False
+        self.preempted_in_kernel = False
+        self.ready = False
+        self.blocking = False
+        self.in_spin_loop = False
+        self.dy_eligible = False
+        self.pv_unhalted = False
+        self.immediate_exit = False
+        self.halt_poll_ns = 0
+        self.events = EventState()
+        self.ia32_misc_enable_msr = 0
+        #: IA32_TSC_ADJUST, signed; the guest's TSC is the machine's plus this.
+        self.tsc_adjust = 0
+        self.steal = StealTime()
+        self.ple = PleWindow()
+        #: The last exits, for the message of a guest that ended itself.
+        self.history: deque[str] = deque(maxlen=8)
+        self.port = VcpuPort(self)
+        self.context: Context = vm.engine.create_context(index, self.port)
+        self.thread: Thread = vm.host.add_thread(self, vm.number)
+        self._poll = Alarm(vm.clock)
+        self._polling = False
+        self._timer: Timer | None = None
+        self._virtual = vm.clock.is_virtual
+        #: Called with (vCPU, preempted) when the host takes the vCPU off its CPU: how lab guests' lock words are read.
+        self.on_sched_out: Callable[[Vcpu, bool], None] | None = None
+        #: Says whether this vCPU holds a lock of the guest's, where the guest keeps such a word.
+        self.lock_probe: Callable[[Vcpu], bool] | None = None
+        self._yielded = False
+
+    # ---- the face that other vCPUs, chips and the host see -----------------------------------------------------
+
+    def make_request(self, request: Request) -> None:
+        """Note a request; the caller kicks."""
+        self.requests.make_request(request)
+
+    def kick(self) -> None:
+        """Wake the vCPU if it sleeps, take it out of guest mode if it is there (``kvm_vcpu_kick``).
+
+        At the loop's time only; from inside a slice use ``vm.call_at``. Data and request come first.
+        """
+        if self.blocking:
+            self.ready = True
+            self.stat.halt_wakeup += 1
+            self.wq.set()
+        elif self._polling:
+            self._poll.ring_at(self.vm.clock.now())
+        elif self.mode is VcpuMode.IN_GUEST:
+            self.mode = VcpuMode.EXITING
+            if not self._virtual:
+                self.vm.engine.kick()
+        trace = self.vm.trace
+        if trace.on:
+            trace.emit(self.vm.clock.now(), Kind.KICK, self.thread.number, self.thread.number, self.mode.value)
+
+    def accept_apic(self, mode: DeliveryMode, vector: int, *, level: bool, trigger_level: bool) -> bool:
+        """An interrupt message reaches this vCPU's LAPIC (``__apic_accept_irq``); whether it was accepted."""
+        accepted = self.apic.accept(mode, vector, level=level, trigger_level=trigger_level)
+        if accepted is Accepted.DROPPED:
+            return False
+        if accepted is Accepted.NMI:
+            self.events.queue_nmi()
+            self.make_request(Request.NMI)
+        elif accepted is Accepted.SMI:
+            self.make_request(Request.SMI)
+        elif accepted is Accepted.UNHALT:
+            self.pv_unhalted = True
+            self.stat.kicks += 1
+        self.make_request(Request.EVENT)
+        self.kick()
+        return True
+
+    def pv_unhalt(self) -> None:
+        """KVM_HC_KICK_CPU reached this vCPU: a sticky token that its next HLT consumes."""
+        self.accept_apic(DeliveryMode.REMOTE_READ, 0, level=False, trigger_level=False)
+
+    def inject_nmi(self) -> None:
+        """KVM_NMI."""
+        self.accept_apic(DeliveryMode.NMI, 2, level=True, trigger_level=False)
+
+    # PreemptNotifier
+
+    def sched_in(self, pcpu: int, now: int) -> None:
+        """The host put the thread on a physical CPU (``kvm_sched_in``)."""
+        self.preempted = False
+        self.ready = False
+        if self.cpu != pcpu:
+            self.cpu = pcpu
+        self.ple.sched_in()
+        self._load_ple()
+        self.make_request(Request.STEAL_UPDATE)
+
+    def sched_out(self, *, preempted: bool, now: int) -> None:
+        """The host takes the thread off (``kvm_sched_out``)."""
+        if preempted:
+            self.preempted = True
+            self.ready = True
+            self.preempted_in_kernel = self.context.state.cpl == 0
+            if self.steal.report_preempted():
+                self.stat.preemption_reported += 1
+        if self.on_sched_out is not None:
+            self.on_sched_out(self, preempted)
+
+    def need_resched(self) -> None:
+        """The host wants the CPU for somebody else."""
+        if self._polling:
+            self._poll.ring_at(self.vm.clock.now())
+        elif self.mode is VcpuMode.IN_GUEST and not self._virtual:
+            self.vm.engine.kick()
+
+    def holds_lock(self) -> bool:
+        """Whether the guest says that this vCPU holds a lock; see :attr:`lock_probe`."""
+        return self.lock_probe is not None and self.lock_probe(self)
+
+    # SpinCandidate
+
+    def dy_runnable(self) -> bool:
+        """``kvm_arch_dy_runnable``: something has come that will end this vCPU's sleep."""
+        return self.pv_unhalted or bool(self.requests.bits & _DY_REQUESTS)
+
+    def dy_has_pending_interrupt(self) -> bool:
+        """``kvm_arch_dy_has_pending_interrupt``."""
+        return self.apic.pending_vector() >= 0
+
+    # ---- KVM_RUN -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> Exit:
+        """Run until something must leave to the embedding program; returns why.
+
+        A second caller waits until the first has left (``vcpu->mutex``).
+        """
+        async with self.mutex:
+            self.pid = asyncio.current_task()
+            host, thread = self.vm.host, self.thread
+            try:
+                host.wake(thread)
+                await thread.alarm
+                return await self._vcpu_run()
+            finally:
+                host.retire(thread)
+
+    async def _vcpu_run(self) -> Exit:
+        """``vcpu_run``: the loop around entries and blocks."""
+        vm, host, thread, apic = self.vm, self.vm.host, self.thread, self.apic
+        clock, cells, context = vm.clock, vm.clock.cells, self.context
+        while True:
+            if self.mp_state is MpState.RUNNABLE:
+                if self.requests.bits:
+                    leaving = self._service_requests()
+                    if leaving is not None:
+                        return leaving
+                    if self.mp_state is not MpState.RUNNABLE:
+                        continue
+                # Invariant: nothing between this store and the slice can set a request unseen.
+                self.mode = VcpuMode.IN_GUEST
+                if self.requests.bits or thread.resched or self.immediate_exit:
+                    self.mode = VcpuMode.OUTSIDE
+                elif self._virtual:
+                    start = cells[0]
+                    limit = clock.horizon()
+                    if limit > start + _MAX_SLICE:
+                        limit = start + _MAX_SLICE
+                    if self._timer is not None and self._timer.deadline < limit:
+                        limit = self._timer.deadline
+                    if thread.slice_end < limit and host.pcpus[thread.pcpu_index].queue:
+                        limit = thread.slice_end
+                    if limit <= start:
+                        limit = start + 1
+                    exit_ = context.run(limit)
+                    end = cells[0]
+                    cells[0] = start
+                    cells[1] = FOREVER
+                    if not clock.try_advance(end):
+                        await thread.alarm.until(end)
+                    self.mode = VcpuMode.OUTSIDE
+                    if exit_ is not BUDGET:
+                        leaving = self._handle_exit(exit_)
+                        if leaving is not None:
+                            return leaving
+                else:
+                    exit_ = await vm.run_slice(context, vm.wall_slice_ns)
+                    self.mode = VcpuMode.OUTSIDE
+                    leaving = self._handle_exit(exit_)
+                    if leaving is not None:
+                        return leaving
+            else:
+                await self._block()
+            if apic.timer.pending:
+                self._inject_timer()
+            if self.immediate_exit:
+                self.immediate_exit = False
+                self.stat.signal_exits += 1
+                return Interrupted()
+            if thread.resched and host.preempt(thread, yielded=self._yielded):
+                await thread.alarm
+            self._yielded = False
+
+    def _service_requests(self) -> Exit | None:
+        """``vcpu_enter_guest``'s first part, in 6.16's order; an exit when one of them leaves."""
+        requests = self.requests
+        check = requests.check_request
+        if check(Request.VM_DEAD):
+            return Shutdown("the machine is dead")
+        if check(Request.TLB_FLUSH) | check(Request.TLB_FLUSH_GUEST):
+            self.context.flush_tlb()
+        if check(Request.TRIPLE_FAULT):
+            return Shutdown()
+        if check(Request.STEAL_UPDATE):
+            self._record_steal_time()
+        if check(Request.NMI):
+            self.events.fold_nmi()
+        check(Request.UNBLOCK)
+        if check(Request.EVENT):
+            self._accept_apic_events()
+            if self.mp_state is MpState.RUNNABLE:
+                self.port.inject_pending()
+        return None
+
+    def _handle_exit(self, exit_: Exit) -> Exit | None:
+        """What a leaving exit means; the exit itself when it is the embedding program's business."""
+        self.stat.exits += 1
+        match exit_:
+            case Budget() | Interrupted():
+                return None
+            case Hlt():
+                self._halt(exit_)
+                return None
+            case PauseLoop():
+                self._on_spin(exit_)
+                return None
+            case _:
+                return exit_
+
+    def _halt(self, exit_: Hlt) -> None:
+        """``kvm_emulate_halt``: not at all when something is pending already."""
+        self.stat.halt_exits += 1
+        trace = self.vm.trace
+        if trace.on:
+            now = self.vm.clock.now()
+            trace.emit(now, Kind.HALT, self.thread.number, self.context.state.rip, int(exit_.interrupts_enabled))
+        if self._runnable():
+            self.pv_unhalted = False
+        else:
+            self.set_mp_state(MpState.HALTED)
+
+    def _on_spin(self, exit_: PauseLoop) -> None:
+        """``kvm_vcpu_on_spin``: give the CPU to a sibling that may hold what this one waits for."""
+        vm = self.vm
+        self.stat.pause_exits += 1
+        self.ple.grow()
+        self._load_ple()
+        trace = vm.trace
+        if trace.on:
+            now = vm.clock.now()
+            trace.emit(now, Kind.PLE, self.thread.number, self.context.state.rip, self.ple.window)
+        outcome = on_spin(vm.vcpus, self.index, vm.last_boosted_vcpu, self._yield_to, vm.spin_options)
+        self.stat.directed_yield_attempted += outcome.tries
+        if outcome.target >= 0:
+            vm.last_boosted_vcpu = outcome.target
+            self.stat.directed_yield_successful += 1
+
+    def _yield_to(self, index: int) -> int:
+        """``kvm_vcpu_yield_to``: 1 done, 0 no use, -1 nobody else is ready."""
+        target = self.vm.vcpus[index]
+        answer = 0 if target.pid is None else self.vm.host.yield_to(self.thread, target.thread)
+        self._yielded = self._yielded or answer > 0
+        trace = self.vm.trace
+        if trace.on:
+            trace.emit(self.vm.clock.now(), Kind.YIELD, self.thread.number, target.thread.number, answer)
+        return answer
+
+    def sched_yield_to(self, index: int) -> None:
+        """``kvm_sched_yield``: a directed yield that the guest asks for; at the loop's time."""
+        target = self.vm.vcpus[index]
+        self.stat.directed_yield_attempted += 1
+        if (
+            self.thread.state is ThreadState.RUNNING
+            and not self.vm.host.is_single_task(self.thread)
+            and target.ready
+            and target is not self
+            and self._yield_to(index) > 0
+        ):
+            self.stat.directed_yield_successful += 1
+
+    # ---- halted --------------------------------------------------------------------------------------------------
+
+    def set_mp_state(self, state: MpState) -> None:
+        """The one place that writes ``mp_state``; becoming RUNNABLE consumes the kick token (6.16)."""
+        self.mp_state = state
+        if state is MpState.RUNNABLE:
+            self.pv_unhalted = False
+        trace = self.vm.trace
+        if trace.on:
+            trace.emit(self.vm.clock.now(), Kind.MP_STATE, self.thread.number, state, 0)
+
+    def _runnable(self) -> bool:
+        """``kvm_arch_vcpu_runnable`` for a vCPU that is not running: a wake condition holds."""
+        return self.pv_unhalted or bool(self.apic.pending_events) or self._has_events()
+
+    def _has_events(self) -> bool:
+        if self.requests.bits & _NMI_OR_SMI or self.events.nmi_deliverable():
+            return True
+        state = self.context.state
+        return bool(state.rflags & 0x200) and (self.apic.pending_vector() >= 0 or self.vm.pic_pending(self))
+
+    def _block_ends(self) -> bool:
+        """``kvm_vcpu_check_block``: also a timer that fired, a request to unblock, an interruption."""
+        return (
+            self._runnable()
+            or self.apic.has_pending_timer()
+            or self.immediate_exit
+            or bool(self.requests.bits & _UNBLOCK)
+        )
+
+    async def _block(self) -> None:
+        """``kvm_vcpu_halt`` and ``kvm_vcpu_block``: poll while nobody else wants the CPU, then sleep."""
+        vm, thread, stat = self.vm, self.thread, self.stat
+        clock, host = vm.clock, vm.host
+        began = clock.now()
+        halted = self.mp_state is MpState.HALTED
+        if halted and self.halt_poll_ns and not self._block_ends():
+            await self._poll_for_wakeup(began)
+        if not self._block_ends() and not thread.resched:
+            slept = clock.now()
+            host.block(thread)
+            self.blocking = True
+            try:
+                while True:
+                    self.wq.clear()
+                    if self._block_ends():
+                        break
+                    await self.wq.wait()
+            finally:
+                self.blocking = False
+            stat.halt_wait_ns += clock.now() - slept
+            host.wake(thread)
+            await thread.alarm
+        if halted:
+            self.halt_poll_ns = adapt(self.halt_poll_ns, clock.now() - began, vm.halt_poll_ns)
+        self.requests.clear_request(Request.UNBLOCK)
+        self._accept_apic_events()
+        if self.mp_state is MpState.HALTED and self._runnable():
+            self.set_mp_state(MpState.RUNNABLE)
+
+    async def _poll_for_wakeup(self, began: int) -> None:
+        """Halt polling: stay on the CPU for up to ``halt_poll_ns``, as long as nobody waits for it."""
+        vm, stat = self.vm, self.stat
+        window = min(self.halt_poll_ns, vm.halt_poll_ns)
+        if not vm.host.is_single_task(self.thread):
+            return
+        stat.halt_attempted_poll += 1
+        self._polling = True
+        try:
+            while not self._block_ends() and not self.thread.resched and vm.host.is_single_task(self.thread):
+                if vm.clock.now() >= began + window:
+                    break
+                await self._poll.until(began + window)
+        finally:
+            self._polling = False
+        polled = vm.clock.now() - began
+        success = self._block_ends()
+        if success:
+            stat.halt_successful_poll += 1
+            stat.halt_poll_success_ns += polled
+        else:
+            stat.halt_poll_fail_ns += polled
+        if vm.trace.on:
+            vm.trace.emit(vm.clock.now(), Kind.HALT_POLL, self.thread.number, polled, int(success))
+
+    def _accept_apic_events(self) -> None:
+        """``kvm_apic_accept_events``: INIT, then SIPI."""
+        apic = self.apic
+        if not apic.pending_events:
+            return
+        if apic.take_init():
+            self._reset(init=True)
+            self.set_mp_state(MpState.RUNNABLE if apic.is_bsp else MpState.INIT_RECEIVED)
+        vector = apic.take_sipi()
+        if vector is not None and self.mp_state is MpState.INIT_RECEIVED:
+            state = self.context.state
+            state.set_segment(Seg.CS, Segment(vector << 8, vector << 12, 0xFFFF, 0x9B00))
+            state.rip = 0
+            self.set_mp_state(MpState.RUNNABLE)
+
+    def _reset(self, *, init: bool) -> None:
+        """``kvm_vcpu_reset`` (the sheet *vcpu* §2.1): INIT turns the paravirtual records off as well."""
+        self.context.reset(init=init)
+        self.apic.reset(init=init)
+        self.arm_timer()
+        self.events = EventState()
+        self.pv_unhalted = False
+        self.steal.reset()
+
+    # ---- timer, steal time, PLE ------------------------------------------------------------------------------------
+
+    def arm_timer(self) -> None:
+        """The LAPIC timer's deadline moved."""
+        deadline = self.apic.timer.next_deadline()
+        timer = self._timer
+        if timer is not None:
+            if timer.deadline == deadline:
+                return
+            timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            self._timer = self.vm.call_at(deadline, self._timer_expired)
+            self.vm.clock.lower_limit(deadline)
+
+    def _timer_expired(self) -> None:
+        """The host's timer fired: pending, UNBLOCK, kick; delivery happens in the run loop."""
+        self._timer = None
+        now = self.vm.clock.now()
+        if self.apic.timer.advance(now):
+            self.make_request(Request.UNBLOCK)
+            self.kick()
+        self.arm_timer()
+
+    def _inject_timer(self) -> None:
+        if self.apic.inject_timer():
+            self.make_request(Request.EVENT)
+
+    def _record_steal_time(self) -> None:
+        self.steal.update(self.thread.run_delay)
+
+    def _load_ple(self) -> None:
+        """Hand the pause-loop window to the engine, in ns."""
+        self.context.ple_window = self.ple.window * 1_000_000 // self.vm.tsc_khz if self.vm.ple else -1
+
+    # ---- for people --------------------------------------------------------------------------------------------------
+
+    def note(self, what: str) -> None:
+        """Remember an exit for the message of a guest that ends itself."""
+        self.history.append(what)
+
+    def describe(self) -> str:
+        """One phrase: who, state, RIP, last exits."""
+        text = f"vCPU {self.index} {self.mp_state.name.lower()} at RIP {self.context.state.rip:#x}"
+        return text + (f" (last exits: {', '.join(self.history)})" if self.history else "")

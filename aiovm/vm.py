@@ -1,0 +1,342 @@
+"""A virtual machine: memory, buses, chips, vCPUs and an engine, wired together, and its life.
+
+    async with Vm(host, vcpus=2) as vm:
+        vm.load(image)
+        outcome = await vm.run()
+
+``run`` starts a task for each vCPU and ends when the guest ends: by power-off, reset, the debug-exit port, a triple
+fault. All of the machine's state is touched by one thread at a time: in virtual time there is only one, on the wall
+clock either a slice runs in the machine's worker thread or the loop's callbacks run, never both (``call_at``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from aiovm.bus import Bus
+from aiovm.clock import Timer, VirtualClock, new_cells
+from aiovm.cpuid import CpuidTable
+from aiovm.devices.debug_exit import DebugExit
+from aiovm.devices.uart16550 import Uart16550
+from aiovm.engine.unicorn import UnicornEngine
+from aiovm.errors import ConfigError, EngineError, StateError, TripleFault, UnhandledExit
+from aiovm.exits import EngineFault, Exit, Shutdown, SystemEvent
+from aiovm.irq import IrqLine
+from aiovm.lapic import Lapic
+from aiovm.lapic_map import ApicMap
+from aiovm.loaders import LoadedImage, apply_entry, load
+from aiovm.memory import GuestMemory
+from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature
+from aiovm.spin import SpinOptions
+from aiovm.trace import Kind
+from aiovm.vcpu import MpState, Vcpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from aiovm.engine.base import Context
+    from aiovm.lapic_message import IpiMessage
+    from aiovm.loop import Host
+
+__all__ = ["LifeState", "Outcome", "Vm"]
+
+_HOLE, _HOLE_END = 0xC000_0000, 1 << 32
+_COM1, _DEBUG_EXIT = 0x3F8, 0xF4
+_MAX_VCPUS = 255
+
+
+class LifeState(enum.Enum):
+    """Where a machine is in its life."""
+
+    NEW = "new"
+    LOADED = "loaded"
+    RUNNING = "running"
+    ENDED = "ended"
+    CLOSED = "closed"
+
+
+class LifeEvent(enum.Enum):
+    """What moves it."""
+
+    LOAD = "load"
+    RUN = "run"
+    END = "end"
+    CLOSE = "close"
+
+
+LIFE: dict[LifeState, dict[LifeEvent, LifeState]] = {
+    LifeState.NEW: {LifeEvent.LOAD: LifeState.LOADED, LifeEvent.CLOSE: LifeState.CLOSED},
+    LifeState.LOADED: {LifeEvent.RUN: LifeState.RUNNING, LifeEvent.CLOSE: LifeState.CLOSED},
+    LifeState.RUNNING: {LifeEvent.END: LifeState.ENDED},
+    LifeState.ENDED: {LifeEvent.CLOSE: LifeState.CLOSED},
+    LifeState.CLOSED: {LifeEvent.CLOSE: LifeState.CLOSED},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the guest ended: ``reason`` is power-off, reset or debug-exit; ``status`` the process status for it."""
+
+    reason: str
+    status: int
+    now: int
+
+
+class Vm:
+    """One machine on ``host``.
+
+    ``memory``: bytes of RAM. ``ple``: pause-loop exiting. ``halt_poll_ns``: the longest halt poll (KVM's default).
+    ``features``: what KVM's CPUID leaf promises. ``native``, ``pointers``: the engine's paths, for tests.
+    ``console``: called with each byte string that the guest writes to its first serial port.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        vcpus: int = 1,
+        memory: int = 64 << 20,
+        ple: bool = True,
+        halt_poll_ns: int = 200_000,
+        features: KvmFeature = DEFAULT_FEATURES,
+        spin_options: SpinOptions | None = None,
+        console: Callable[[bytes], None] | None = None,
+        native: bool | None = None,
+        pointers: bool | None = None,
+        wall_slice_ns: int = 1_000_000,
+    ) -> None:
+        if not 1 <= vcpus <= _MAX_VCPUS:
+            raise ConfigError(f"a machine has 1 to {_MAX_VCPUS} vCPUs, not {vcpus}")
+        if memory < 1 << 20 or memory & 0xFFF:
+            raise ConfigError(f"memory of {memory:#x} bytes: at least 1M, in whole pages")
+        self.host = host
+        self.number = host.register_machine(self)
+        self.clock = host.clock
+        self.costs = host.costs
+        self.trace = host.trace
+        self.tsc_khz = host.costs.tsc_khz
+        self.ple = ple
+        self.halt_poll_ns = halt_poll_ns
+        self.spin_options = SpinOptions() if spin_options is None else spin_options
+        self.last_boosted_vcpu = 0
+        self.wall_slice_ns = wall_slice_ns
+        self.life = LifeState.NEW
+        self.features = features
+
+        self.memory = GuestMemory()
+        self.memory.set_region(0, 0, min(memory, _HOLE))
+        if memory > _HOLE:
+            self.memory.set_region(1, _HOLE_END, memory - _HOLE)
+        self.ram_size = memory
+        self.ports = Bus("port", 16)
+        self.mmio = Bus("MMIO", 52)
+        self.serial = Uart16550(IrqLine(), console)
+        self.ports.register(_COM1, 8, self.serial)
+        self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
+
+        virtual = isinstance(self.clock, VirtualClock)
+        self._last_tsc = 0
+        self._slicing = False
+        self._inbox: deque[Callable[[], object]] = deque()
+        self._baton = asyncio.Lock()
+        self._worker = None if virtual else ThreadPoolExecutor(1, f"aiovm-{self.number}")
+        self.engine = UnicornEngine(
+            self.memory,
+            self.clock.cells if virtual else new_cells(),
+            rate=self.costs.code_rate,
+            exit_cost=self.costs.exit_ns,
+            pause_cost=self.costs.pause_ns,
+            ple_gap=128 * 1_000_000 // self.tsc_khz,
+            native=native,
+            pointers=pointers,
+            release_gil=not virtual,
+        )
+        self.cpuid = CpuidTable(vcpus=vcpus, tsc_khz=self.tsc_khz, features=features)
+        self.lapics = [Lapic(i, bsp=i == 0, maxphyaddr=40) for i in range(vcpus)]
+        self.apic_map = ApicMap(self.lapics)
+        self.vcpus = tuple(Vcpu(self, i, vcpu_id=i, apic=self.lapics[i]) for i in range(vcpus))
+        self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.image: LoadedImage | None = None
+
+    # ---- life --------------------------------------------------------------------------------------------------
+
+    def _move(self, event: LifeEvent) -> None:
+        following = LIFE[self.life].get(event)
+        if following is None:
+            raise StateError(f"a machine that is {self.life.value} cannot {event.value}")
+        self.life = following
+
+    def load(self, image: bytes, *, name: str = "image", cmdline: str = "", initrd: bytes | None = None) -> LoadedImage:
+        """Put ``image`` into memory and the first vCPU at its entry; the kind is found by itself."""
+        self._move(LifeEvent.LOAD)
+        self.image = load(image, name=name, memory=self.memory, ram_size=self.ram_size, cmdline=cmdline, initrd=initrd)
+        apply_entry(self.image.entry, self.vcpus[0].context.state)
+        return self.image
+
+    async def run(self) -> Outcome:
+        """Run every vCPU until the guest ends; raises :class:`GuestError` when it ended itself badly."""
+        self._move(LifeEvent.RUN)
+        tasks = [asyncio.create_task(self._drive(v), name=f"vcpu-{self.number}.{v.index}") for v in self.vcpus]
+        try:
+            await asyncio.wait([self._ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+            return self._ended.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._move(LifeEvent.END)
+
+    async def _drive(self, vcpu: Vcpu) -> None:
+        """One vCPU's task: KVM_RUN again and again, as a VMM's thread does."""
+        while not self._ended.done():
+            exit_ = await vcpu.run()
+            self._answer(vcpu, exit_)
+
+    def _answer(self, vcpu: Vcpu, exit_: Exit) -> None:
+        """An exit that reached the embedding side."""
+        rip, history = vcpu.context.state.rip, tuple(vcpu.history)
+        match exit_:
+            case SystemEvent(kind, status):
+                if self.trace.on:
+                    self.trace.emit(self.clock.now(), Kind.END, vcpu.thread.number, status, rip)
+                if not self._ended.done():
+                    self._ended.set_result(Outcome(kind, status, self.clock.now()))
+            case Shutdown(reason):
+                raise TripleFault(reason, vcpu=vcpu.index, rip=rip, history=history)
+            case EngineFault(number, message):
+                raise EngineError(f"Unicorn error {number} ({message}) at RIP {rip:#x} of vCPU {vcpu.index}")
+            case _:
+                raise UnhandledExit(f"nobody answers {exit_}", vcpu=vcpu.index, rip=rip, history=history)
+
+    def end(self, reason: str, status: int) -> None:
+        """The guest wants to end, from inside a slice."""
+        self.engine.leave(SystemEvent(reason, status))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine and its memory."""
+        self._move(LifeEvent.CLOSE)
+        if self._worker is not None:
+            self._worker.shutdown()
+        self.engine.close()
+
+    # ---- time --------------------------------------------------------------------------------------------------
+
+    def read_tsc(self) -> int:
+        tsc = self.clock.now() * self.tsc_khz // 1_000_000
+        # vCPUs run up to a quantum apart; a TSC that steps back between CPUs is a broken one to a guest.
+        self._last_tsc = max(self._last_tsc, tsc)
+        return self._last_tsc
+
+    def tsc_to_ns(self, tsc: int) -> int:
+        return -(-tsc * 1_000_000 // self.tsc_khz)
+
+    def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
+        if self._worker is None:
+            return self.clock.call_at(deadline, callback)
+        return self.clock.call_at(deadline, lambda: self._enter(callback))
+
+    def _enter(self, callback: Callable[[], object]) -> None:
+        """On the wall clock: now if no slice runs, else as soon as the kicked slice has ended."""
+        if self._slicing:
+            self._inbox.append(callback)
+            self.engine.kick()
+        else:
+            callback()
+
+    async def run_slice(self, context: Context, budget: int) -> Exit:
+        async with self._baton:
+            self._slicing = True
+            loop = asyncio.get_running_loop()
+            limit = self.engine.cells[0] + budget
+            try:
+                return await asyncio.shield(loop.run_in_executor(self._worker, context.run, limit))
+            finally:
+                self._slicing = False
+                while self._inbox:
+                    self._inbox.popleft()()
+
+    # ---- interrupts ----------------------------------------------------------------------------------------------
+
+    def deliver_ipi(self, source: Vcpu, message: IpiMessage) -> None:
+        if self.trace.on:
+            self.trace.emit(
+                self.clock.now(), Kind.IPI, source.thread.number, message.mode << 8 | message.vector, message.dest
+            )
+        for index in self.apic_map.targets(message, source.index):
+            target = self.vcpus[index]
+            if target is source:
+                self._accept(target, message)
+                source.port.update_irq_window()
+            else:
+                self.call_at(self.clock.now() + self.costs.ipi_ns, lambda target=target: self._accept(target, message))
+
+    def _accept(self, target: Vcpu, message: IpiMessage) -> None:
+        target.accept_apic(message.mode, message.vector, level=message.level, trigger_level=message.trigger_level)
+
+    def apic_map_changed(self) -> None:
+        self.apic_map.recalculate()
+
+    def broadcast_eoi(self, vector: int, *, level: bool) -> None:
+        """No I/O APIC yet hears it."""
+
+    def pic_pending(self, vcpu: Vcpu) -> bool:
+        return False
+
+    def pic_vector(self, vcpu: Vcpu) -> int:
+        return -1
+
+    def unclaimed_in(self, vcpu: Vcpu, port: int, size: int) -> int:
+        if self.trace.on:
+            self.trace.emit(self.clock.now(), Kind.UNKNOWN_ACCESS, vcpu.thread.number, port, 0)
+        return (1 << 8 * size) - 1
+
+    def unclaimed_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> None:
+        if self.trace.on:
+            self.trace.emit(self.clock.now(), Kind.UNKNOWN_ACCESS, vcpu.thread.number, port, value)
+
+    # ---- paravirtual ---------------------------------------------------------------------------------------------
+
+    def _by_apic_id(self, apic_id: int) -> Vcpu | None:
+        return next((v for v in self.vcpus if v.apic.hw_enabled and v.apic.apic_id == apic_id), None)
+
+    def pv_kick(self, source: Vcpu, apic_id: int) -> None:
+        target = self._by_apic_id(apic_id)
+        if target is not None:
+            target.pv_unhalt()
+            source.sched_yield_to(target.index)
+
+    def pv_sched_yield(self, source: Vcpu, apic_id: int) -> None:
+        target = self._by_apic_id(apic_id)
+        if target is not None:
+            source.sched_yield_to(target.index)
+
+    def hypercall(self, vcpu: Vcpu, number: int, args: tuple[int, int, int, int]) -> int:
+        return -1000
+
+    # ---- for people ------------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """Every vCPU's state in one line."""
+        return "; ".join(v.describe() for v in self.vcpus)
+
+    @property
+    def waiting_for_sipi(self) -> bool:
+        """Whether every vCPU but the first still waits to be started."""
+        return all(v.mp_state is MpState.UNINITIALIZED for v in self.vcpus[1:])
