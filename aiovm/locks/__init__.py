@@ -1,0 +1,1 @@
+"""``aiovm locks``: the same workload under each lock, and what overcommitting did to it."""
