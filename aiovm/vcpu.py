@@ -140,6 +140,9 @@ class Vcpu:
         self._virtual = vm.clock.is_virtual
         #: Called with (vCPU, preempted) when the host takes the vCPU off its CPU: how lab guests' lock words are read.
         self.on_sched_out: Callable[[Vcpu, bool], None] | None = None
+        #: Called with (vCPU, start, end) after each slice in virtual time, ns: how time is told apart by what the
+        #: guest was doing.
+        self.on_slice: Callable[[Vcpu, int, int], None] | None = None
         #: Says whether this vCPU holds a lock of the guest's, where the guest keeps such a word.
         self.lock_probe: Callable[[Vcpu], bool] | None = None
         self._yielded = False
@@ -286,6 +289,8 @@ class Vcpu:
                     end = cells[0]
                     cells[0] = start
                     cells[1] = FOREVER
+                    if self.on_slice is not None:
+                        self.on_slice(self, start, end)
                     if not clock.try_advance(end):
                         await thread.alarm.until(end)
                     self.mode = VcpuMode.OUTSIDE

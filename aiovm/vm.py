@@ -29,7 +29,7 @@ from aiovm.exits import EngineFault, Exit, Shutdown, SystemEvent
 from aiovm.irq import IrqLine
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
-from aiovm.loaders import LoadedImage, apply_entry, load
+from aiovm.loaders import LoadedImage, Module, apply, load
 from aiovm.memory import GuestMemory
 from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature
 from aiovm.spin import SpinOptions
@@ -37,7 +37,7 @@ from aiovm.trace import Kind
 from aiovm.vcpu import MpState, Vcpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from aiovm.engine.base import Context
@@ -172,11 +172,19 @@ class Vm:
             raise StateError(f"a machine that is {self.life.value} cannot {event.value}")
         self.life = following
 
-    def load(self, image: bytes, *, name: str = "image", cmdline: str = "", initrd: bytes | None = None) -> LoadedImage:
+    def load(
+        self,
+        image: bytes,
+        *,
+        name: str = "image",
+        cmdline: str = "",
+        modules: Sequence[Module] = (),
+        kind: str | None = None,
+    ) -> LoadedImage:
         """Put ``image`` into memory and the first vCPU at its entry; the kind is found by itself."""
         self._move(LifeEvent.LOAD)
-        self.image = load(image, name=name, memory=self.memory, ram_size=self.ram_size, cmdline=cmdline, initrd=initrd)
-        apply_entry(self.image.entry, self.vcpus[0].context.state)
+        self.image = load(image, name=name, memory=self.memory, cmdline=cmdline, modules=modules, kind=kind)
+        apply(self.image.entry, self.vcpus[0].context.state)
         return self.image
 
     async def run(self) -> Outcome:
