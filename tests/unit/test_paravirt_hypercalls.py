@@ -1,0 +1,79 @@
+"""Hypercalls: common rules, PV IPI, sched yield (sheet *halt-and-spin* §4, §5, §9, §14)."""
+
+import pytest
+
+from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature, decode_hypercall, decode_send_ipi, may_sched_yield
+
+
+def call(rax, *, long_mode=True, cpl=0, enforced=None):
+    return decode_hypercall(rax, 0x1_0000_000B, 0x1_0000_000C, 3, 4, long_mode=long_mode, cpl=cpl, enforced=enforced)
+
+
+@pytest.mark.parametrize("number", [1, 5, 9, 10, 11])
+def test_known_numbers(number):
+    assert call(number) == (number, (0x1_0000_000B, 0x1_0000_000C, 3, 4), None)
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, 4, 6, 7, 8, 12, 13, 1 << 63])
+def test_unknown_numbers(number):
+    assert call(number).refusal == -1000
+
+
+@pytest.mark.parametrize("cpl", [1, 2, 3])
+def test_only_the_kernel_may_call(cpl):
+    assert call(5, cpl=cpl).refusal == -1
+    assert call(77, cpl=cpl).refusal == -1
+
+
+def test_outside_64_bit_code_registers_are_cut():
+    assert call(0x7_0000_0005, long_mode=False) == (5, (0xB, 0xC, 3, 4), None)
+    assert call(0x7_0000_0005).refusal == -1000
+
+
+@pytest.mark.parametrize(("number", "feature"), [(5, 1 << 7), (10, 1 << 11), (11, 1 << 13)])
+def test_a_feature_gate_bites_only_when_enforced(number, feature):
+    without = DEFAULT_FEATURES & ~KvmFeature(feature)
+    assert call(number).refusal is None
+    assert call(number, enforced=without).refusal == -1000
+    assert call(number, enforced=KvmFeature(feature)).refusal is None
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_calls_without_a_gate(number):
+    assert call(number, enforced=KvmFeature.NONE).refusal is None
+
+
+def test_send_ipi_names_its_targets():
+    ipi = decode_send_ipi((0b1011, 1 << 63 | 1, 16, 0x40FD), long_mode=True)
+    assert ipi.apic_ids == (16, 17, 19, 80, 143)
+    assert (ipi.icr, ipi.vector, ipi.delivery_mode) == (0x40FD, 0xFD, 0)
+
+
+def test_send_ipi_in_32_bit_code_has_words_of_32_bits():
+    ipi = decode_send_ipi((1 << 31, 1, 0, 0x400), long_mode=False)
+    assert ipi.apic_ids == (31, 32)
+    assert ipi.delivery_mode == 4  # NMI
+    assert decode_send_ipi((1 << 32 | 1, 0, 0, 0), long_mode=False).apic_ids == (0,)
+
+
+@pytest.mark.parametrize("icr", [0x800, 0x40000, 0x80000, 0xC0000, 0x40 | 0x800])
+def test_send_ipi_refuses_shorthands_and_logical_destinations(icr):
+    assert decode_send_ipi((1, 0, 0, icr), long_mode=True) == -22
+
+
+def test_send_ipi_of_nothing_and_wrapping_ids():
+    assert decode_send_ipi((0, 0, 0, 0xFD), long_mode=True).apic_ids == ()
+    assert decode_send_ipi((0b11, 0, 0xFFFF_FFFF, 0xFD), long_mode=True).apic_ids == (0xFFFF_FFFF, 0)
+
+
+@pytest.mark.parametrize(
+    ("single_task", "target_ready", "is_self", "expected"),
+    [
+        (False, True, False, True),
+        (True, True, False, False),
+        (False, False, False, False),
+        (False, True, True, False),
+    ],
+)
+def test_sched_yield(single_task, target_ready, is_self, expected):
+    assert may_sched_yield(single_task=single_task, target_ready=target_ready, is_self=is_self) is expected
