@@ -78,7 +78,7 @@ FIELDS: dict[Kind, tuple[str, str]] = {
     Kind.PIO: ("port", "value"),
     Kind.MMIO: ("gpa", "value"),
     Kind.UNKNOWN_ACCESS: ("address", "value"),
-    Kind.TIMER: ("deadline_ns", "vector"),
+    Kind.TIMER: ("deadline_ns", "late_ns"),
     Kind.HALT_POLL: ("polled_ns", "success"),
     Kind.STEAL: ("steal_ns", "preempted"),
     Kind.IPI: ("icr", "destination"),

@@ -153,11 +153,15 @@ class Vcpu:
         """Note a request; the caller kicks."""
         self.requests.make_request(request)
 
-    def kick(self) -> None:
+    def kick(self, source: int = -1) -> None:
         """Wake the vCPU if it sleeps, take it out of guest mode if it is there (``kvm_vcpu_kick``).
 
-        At the loop's time only; from inside a slice use ``vm.call_at``. Data and request come first.
+        At the loop's time only; from inside a slice use ``vm.call_at``. Data and request come first. ``source``: the
+        number of the vCPU whose doing it is, or -1 for the host's.
         """
+        trace = self.vm.trace
+        if trace.on:
+            trace.emit(self.vm.clock.now(), Kind.KICK, source, self.thread.number, self.mode.value)
         if self.blocking:
             self.ready = True
             self.stat.halt_wakeup += 1
@@ -168,12 +172,14 @@ class Vcpu:
             self.mode = VcpuMode.EXITING
             if not self._virtual:
                 self.vm.engine.kick()
-        trace = self.vm.trace
-        if trace.on:
-            trace.emit(self.vm.clock.now(), Kind.KICK, self.thread.number, self.thread.number, self.mode.value)
 
-    def accept_apic(self, mode: DeliveryMode, vector: int, *, level: bool, trigger_level: bool) -> bool:
-        """An interrupt message reaches this vCPU's LAPIC (``__apic_accept_irq``); whether it was accepted."""
+    def accept_apic(
+        self, mode: DeliveryMode, vector: int, *, level: bool, trigger_level: bool, source: int = -1
+    ) -> bool:
+        """An interrupt message reaches this vCPU's LAPIC (``__apic_accept_irq``); whether it was accepted.
+
+        ``source`` as for :meth:`kick`.
+        """
         accepted = self.apic.accept(mode, vector, level=level, trigger_level=trigger_level)
         if accepted is Accepted.DROPPED:
             return False
@@ -186,12 +192,12 @@ class Vcpu:
             self.pv_unhalted = True
             self.stat.kicks += 1
         self.make_request(Request.EVENT)
-        self.kick()
+        self.kick(source)
         return True
 
-    def pv_unhalt(self) -> None:
+    def pv_unhalt(self, source: int = -1) -> None:
         """KVM_HC_KICK_CPU reached this vCPU: a sticky token that its next HLT consumes."""
-        self.accept_apic(DeliveryMode.REMOTE_READ, 0, level=False, trigger_level=False)
+        self.accept_apic(DeliveryMode.REMOTE_READ, 0, level=False, trigger_level=False, source=source)
 
     def inject_nmi(self) -> None:
         """KVM_NMI."""
@@ -368,12 +374,12 @@ class Vcpu:
         """``kvm_vcpu_on_spin``: give the CPU to a sibling that may hold what this one waits for."""
         vm = self.vm
         self.stat.pause_exits += 1
-        self.ple.grow()
-        self._load_ple()
         trace = vm.trace
         if trace.on:
             now = vm.clock.now()
-            trace.emit(now, Kind.PLE, self.thread.number, self.context.state.rip, self.ple.window)
+            trace.emit(now, Kind.PLE, self.thread.number, self.context.state.rip, self.context.ple_window)
+        self.ple.grow()
+        self._load_ple()
         outcome = on_spin(vm.vcpus, self.index, vm.last_boosted_vcpu, self._yield_to, vm.spin_options)
         self.stat.directed_yield_attempted += outcome.tries
         if outcome.target >= 0:
@@ -529,9 +535,11 @@ class Vcpu:
 
     def _timer_expired(self) -> None:
         """The host's timer fired: pending, UNBLOCK, kick; delivery happens in the run loop."""
-        self._timer = None
+        timer, self._timer = self._timer, None
         now = self.vm.clock.now()
         if self.apic.timer.advance(now):
+            if self.vm.trace.on and timer is not None:
+                self.vm.trace.emit(now, Kind.TIMER, self.thread.number, timer.deadline, now - timer.deadline)
             self.make_request(Request.UNBLOCK)
             self.kick()
         self.arm_timer()

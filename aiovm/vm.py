@@ -290,13 +290,21 @@ class Vm:
         for index in self.apic_map.targets(message, source.index):
             target = self.vcpus[index]
             if target is source:
-                self._accept(target, message)
+                self._accept(source, target, message)
                 source.port.update_irq_window()
             else:
-                self.call_at(self.clock.now() + self.costs.ipi_ns, lambda target=target: self._accept(target, message))
+                self.call_at(
+                    self.clock.now() + self.costs.ipi_ns, lambda target=target: self._accept(source, target, message)
+                )
 
-    def _accept(self, target: Vcpu, message: IpiMessage) -> None:
-        target.accept_apic(message.mode, message.vector, level=message.level, trigger_level=message.trigger_level)
+    def _accept(self, source: Vcpu, target: Vcpu, message: IpiMessage) -> None:
+        target.accept_apic(
+            message.mode,
+            message.vector,
+            level=message.level,
+            trigger_level=message.trigger_level,
+            source=source.thread.number,
+        )
 
     def apic_map_changed(self) -> None:
         self.apic_map.recalculate()
@@ -327,7 +335,7 @@ class Vm:
     def pv_kick(self, source: Vcpu, apic_id: int) -> None:
         target = self._by_apic_id(apic_id)
         if target is not None:
-            target.pv_unhalt()
+            target.pv_unhalt(source.thread.number)
             source.sched_yield_to(target.index)
 
     def pv_sched_yield(self, source: Vcpu, apic_id: int) -> None:
