@@ -21,7 +21,7 @@ import asyncio
 import random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiovm.clock import Alarm, VirtualClock, WallClock
+from aiovm.clock import Alarm, Timer, VirtualClock, WallClock
 from aiovm.costs import Costs
 from aiovm.errors import ConfigError, DeadlockError, StateError
 from aiovm.policy.base import Policy, Requeue
@@ -152,6 +152,7 @@ class Host:
         self.threads: list[Thread] = []
         self.machines: list[object] = []
         self.policy.attach(self.pcpus, self.random)
+        self.policy.start(self)
         self._slice_timer: list[int] = [0] * pcpus
         if isinstance(clock, VirtualClock):
             clock.lookahead = self.costs.quantum_ns
@@ -177,6 +178,7 @@ class Host:
         """A new thread, blocked. ``group``: its machine's number."""
         thread = Thread(len(self.threads), group, notifier, Alarm(self.clock))
         self.threads.append(thread)
+        self.policy.added(thread)
         return thread
 
     def wake(self, thread: Thread, waker: int = -1) -> None:
@@ -191,11 +193,13 @@ class Host:
         if self.trace.on:
             self.trace.emit(now, Kind.WAKE, thread.number, waker, pcpu.index)
         current = pcpu.current
-        if current is None:
+        if current is None and self.policy.conserving:
             self._dispatch(pcpu, thread, now)
             return
         self.policy.enqueue(thread, pcpu, Requeue.WAKE, now)
-        if self.policy.wakeup_preempts(thread, current, now):
+        if current is None:
+            self._fill(pcpu, now)
+        elif self.policy.wakeup_preempts(thread, current, now):
             self._resched(current)
         else:
             self._arm_slice_end(pcpu, now)
@@ -205,9 +209,7 @@ class Host:
         now = self.clock.now()
         pcpu = self._take_off(thread, now, preempted=False)
         thread.state = ThreadState.BLOCKED
-        following = self.policy.pick(pcpu, now)
-        if following is not None:
-            self._dispatch(pcpu, following, now)
+        self._fill(pcpu, now)
 
     def preempt(self, thread: Thread, *, yielded: bool = False) -> bool:
         """RUNNING -> READY when another thread should run; whether it came off. It then parks on its alarm."""
@@ -218,7 +220,7 @@ class Host:
         thread.ready_since = now
         self.policy.enqueue(thread, pcpu, Requeue.YIELDED if yielded else Requeue.PREEMPTED, now)
         following = self.policy.pick(pcpu, now)
-        if following is thread or following is None:
+        if following is thread:
             thread.slice_end = now + self.policy.slice_of(thread, pcpu)
             self._arm_slice_end(pcpu, now)
             return False
@@ -227,7 +229,8 @@ class Host:
         thread.notifier.sched_out(preempted=True, now=now)
         if self.trace.on:
             self.trace.emit(now, Kind.SCHED_OUT, thread.number, pcpu.index, 2 if yielded else 1)
-        self._dispatch(pcpu, following, now)
+        if following is not None:
+            self._dispatch(pcpu, following, now)
         return True
 
     def yield_to(self, me: Thread, target: Thread) -> int:
@@ -246,7 +249,7 @@ class Host:
             return 0
         now = self.clock.now()
         self.policy.yield_to(target, now)
-        if its is not mine and its.current is not None:
+        if its is not mine and its.current is not None and not self.policy.may_preempt(its.current, now):
             self._resched(its.current)
         me.resched = True
         return 1
@@ -258,6 +261,19 @@ class Host:
     def describe(self) -> str:
         """Every thread's state, for messages."""
         return "; ".join(t.notifier.describe() for t in self.threads) or "no threads"
+
+    # PolicyHost
+
+    def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
+        """For policies: run ``callback`` at ``deadline`` (ns)."""
+        return self.clock.call_at(deadline, callback)
+
+    def reschedule(self, pcpu: Pcpu) -> None:
+        """For policies: ask again who should run on ``pcpu``."""
+        if pcpu.current is None:
+            self._fill(pcpu, self.clock.now())
+        else:
+            self._resched(pcpu.current)
 
     # ---- on and off a CPU ------------------------------------------------------------------------------------------
 
@@ -278,6 +294,11 @@ class Host:
             self.trace.emit(start, Kind.SCHED_IN, thread.number, pcpu.index, now - thread.ready_since)
         thread.alarm.ring_at(start)
         self._arm_slice_end(pcpu, now)
+
+    def _fill(self, pcpu: Pcpu, now: int) -> None:
+        following = self.policy.pick(pcpu, now)
+        if following is not None:
+            self._dispatch(pcpu, following, now)
 
     def _take_off(self, thread: Thread, now: int, *, preempted: bool) -> Pcpu:
         if thread.state is not ThreadState.RUNNING:

@@ -10,15 +10,27 @@ A policy of one's own derives from :class:`Policy` and is named on the command l
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from aiovm.errors import ConfigError
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aiovm.policy.thread import Pcpu, Thread
 
-__all__ = ["Policy", "Requeue"]
+__all__ = ["Policy", "PolicyHost", "Requeue"]
+
+
+class PolicyHost(Protocol):
+    """What a policy may ask of the host by itself, between its questions."""
+
+    def call_at(self, deadline: int, callback: Callable[[], object]) -> object:
+        """Run ``callback`` at ``deadline`` (ns)."""
+
+    def reschedule(self, pcpu: Pcpu) -> None:
+        """Ask again who should run on ``pcpu``."""
 
 
 class Requeue(enum.Enum):
@@ -37,8 +49,14 @@ class Policy:
     """
 
     name = "round-robin"
+    #: A free CPU is given to whoever wakes there, without asking :meth:`pick`.
+    conserving = True
 
     def __init__(self, *, slice_ns: int = 6_000_000, jitter: int = 100) -> None:
+        if slice_ns < 1 or not 0 <= jitter < 1000:
+            raise ConfigError(
+                f"a slice of {slice_ns} ns with a jitter of {jitter}/1000: at least 1 ns, below 1000/1000"
+            )
         self.slice_ns = slice_ns
         self.jitter = jitter
         self.pcpus: Sequence[Pcpu] = ()
@@ -48,6 +66,9 @@ class Policy:
         """The host is ready; called once, before anything else."""
         self.pcpus = pcpus
         self.random = random_
+
+    def start(self, host: PolicyHost) -> None:
+        """Called after :meth:`attach`, for policies that act by themselves."""
 
     # ---- questions ---------------------------------------------------------------------------------------------
 
@@ -86,6 +107,9 @@ class Policy:
         return busiest.queue.pop(0) if busiest.queue else None
 
     # ---- news ----------------------------------------------------------------------------------------------------
+
+    def added(self, thread: Thread) -> None:
+        """``thread`` is new on the host; it does not run yet."""
 
     def enqueue(self, thread: Thread, pcpu: Pcpu, why: Requeue, now: int) -> None:
         """``thread`` is ready and belongs to ``pcpu``."""
