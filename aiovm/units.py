@@ -60,9 +60,14 @@ def format_ns(ns: int) -> str:
     >>> format_ns(1_234_567)
     '1.23 ms'
     """
-    for unit, name in ((SEC, "s"), (MS, "ms"), (US, "µs")):
-        if abs(ns) >= unit:
-            value = ns / unit
-            digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-            return f"{value:.{digits}f} {name}"
-    return f"{ns} ns"
+    size = abs(ns)
+    if size < US:
+        return f"{ns} ns"
+    # Rounded first: what rounds up to 1000 µs is written as 1.00 ms.
+    step = min(10 ** (len(str(size)) - 3), SEC)
+    size = (size + step // 2) // step * step
+    unit, name = next((u, n) for u, n in ((SEC, "s"), (MS, "ms"), (US, "µs")) if size >= u)
+    whole, rest = divmod(size, unit)
+    digits = 2 if whole < 10 else 1 if whole < 100 else 0
+    sign = "-" if ns < 0 else ""
+    return f"{sign}{whole}.{rest * 10**digits // unit:0{digits}d} {name}" if digits else f"{sign}{whole} {name}"
