@@ -49,6 +49,9 @@ class Machine(Protocol):
     last_boosted_vcpu: int
     #: KVM_CAP_HALT_POLL: the longest poll, ns; 0 turns polling off.
     halt_poll_ns: int
+    #: A slice is executed at once and the vCPU then waits until the clock has caught up (:meth:`Context.run`); else
+    #: the slice itself is waited for (:meth:`run_slice`) and a kick ends it (:meth:`kick_slice`).
+    runs_ahead: bool
     #: On the wall clock: a slice's length, in ns of charged guest code.
     wall_slice_ns: int
 
@@ -92,4 +95,7 @@ class Machine(Protocol):
         """The hypercalls that concern the whole machine; -1000 for one that does not exist."""
 
     async def run_slice(self, context: Context, budget: int) -> Exit:
-        """On the wall clock: one slice in the machine's worker thread, ``budget`` charged ns long at most."""
+        """One slice that is waited for, ``budget`` charged ns long at most; on the wall clock in a worker thread."""
+
+    def kick_slice(self, context: Context) -> None:
+        """End the slice that :meth:`run_slice` runs for ``context`` soon."""

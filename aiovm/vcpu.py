@@ -101,7 +101,9 @@ class Vcpu:
     Attributes carry KVM's names; docs/kvm-map.md says what each is for.
     """
 
-    def __init__(self, vm: Machine, index: int, *, vcpu_id: int, apic: Lapic) -> None:
+    def __init__(
+        self, vm: Machine, index: int, *, vcpu_id: int, apic: Lapic, port: Callable[[Vcpu], VcpuPort] = VcpuPort
+    ) -> None:
         self.vm = vm
         self.index = index
         self.vcpu_id = vcpu_id
@@ -131,13 +133,13 @@ class Vcpu:
         self.ple = PleWindow()
         #: The last exits, for the message of a guest that ended itself.
         self.history: deque[str] = deque(maxlen=8)
-        self.port = VcpuPort(self)
+        self.port = port(self)
         self.context: Context = vm.engine.create_context(index, self.port)
         self.thread: Thread = vm.host.add_thread(self, vm.number)
         self._poll = Alarm(vm.clock)
         self._polling = False
         self._timer: Timer | None = None
-        self._virtual = vm.clock.is_virtual
+        self._runs_ahead = vm.runs_ahead
         #: Called with (vCPU, preempted) when the host takes the vCPU off its CPU: how lab guests' lock words are read.
         self.on_sched_out: Callable[[Vcpu, bool], None] | None = None
         #: Called with (vCPU, start, end) after each slice in virtual time, ns: how time is told apart by what the
@@ -170,8 +172,8 @@ class Vcpu:
             self._poll.ring_at(self.vm.clock.now())
         elif self.mode is VcpuMode.IN_GUEST:
             self.mode = VcpuMode.EXITING
-            if not self._virtual:
-                self.vm.engine.kick()
+            if not self._runs_ahead:
+                self.vm.kick_slice(self.context)
 
     def accept_apic(
         self, mode: DeliveryMode, vector: int, *, level: bool, trigger_level: bool, source: int = -1
@@ -230,8 +232,8 @@ class Vcpu:
         """The host wants the CPU for somebody else."""
         if self._polling:
             self._poll.ring_at(self.vm.clock.now())
-        elif self.mode is VcpuMode.IN_GUEST and not self._virtual:
-            self.vm.engine.kick()
+        elif self.mode is VcpuMode.IN_GUEST and not self._runs_ahead:
+            self.vm.kick_slice(self.context)
 
     def holds_lock(self) -> bool:
         """Whether the guest says that this vCPU holds a lock; see :attr:`lock_probe`."""
@@ -280,7 +282,7 @@ class Vcpu:
                 self.mode = VcpuMode.IN_GUEST
                 if self.requests.bits or thread.resched or self.immediate_exit:
                     self.mode = VcpuMode.OUTSIDE
-                elif self._virtual:
+                elif self._runs_ahead:
                     start = cells[0]
                     limit = clock.horizon()
                     if limit > start + _MAX_SLICE:

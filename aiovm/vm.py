@@ -141,6 +141,7 @@ class Vm:
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
 
         virtual = isinstance(self.clock, VirtualClock)
+        self.runs_ahead = virtual
         self._last_tsc = 0
         self._slicing = False
         self._inbox: deque[Callable[[], object]] = deque()
@@ -267,6 +268,9 @@ class Vm:
             self.engine.kick()
         else:
             callback()
+
+    def kick_slice(self, context: Context) -> None:
+        self.engine.kick()
 
     async def run_slice(self, context: Context, budget: int) -> Exit:
         async with self._baton:
