@@ -44,6 +44,7 @@ __all__ = [
     "is_canonical",
     "load_pdptrs",
     "read_virt",
+    "read_virt_u",
     "translate_debug",
     "walk",
     "write_virt",
@@ -461,6 +462,20 @@ def read_virt(
         return b"".join(memory.read(gpa, size) for gpa, size in pieces)
     except NoMemory as missing:
         return IoNeeded(missing.gpa)
+
+
+def read_virt_u(
+    memory: GuestMemory, regs: PagingRegs, gva: int, size: int, access: int = 0
+) -> int | PageFault | IoNeeded:
+    """An unsigned little-endian integer of ``size`` bytes at ``gva``."""
+    if regs.efer & _EFER_LMA and not access & (_USER | _FETCH) and (gva & 0xFFF) + size <= 4096:
+        gpa = _kernel_page(memory, regs, gva, 0)
+        slot = memory.map.find(gpa)
+        if slot is not None:
+            at = gpa - slot.base
+            return int.from_bytes(slot.bytes_[at : at + size], "little")
+    data = read_virt(memory, regs, gva, size, access)
+    return int.from_bytes(data, "little") if isinstance(data, bytes) else data
 
 
 def write_virt(
