@@ -89,13 +89,14 @@ class Alarm:
     ``await alarm.until(t)`` returns at time ``t``. ``await alarm`` parks until somebody says ``alarm.ring_at(t)``.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_clock", "_context", "_loop", "_timer", "_wakeup")
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_clock", "_context", "_loop", "_rung", "_timer", "_wakeup")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._asyncio_future_blocking = False
         self._cancelled = False
+        self._rung = False
         self._timer: Timer | None = None
         self._wakeup: Callable[[Alarm], object] | None = None
         self._context: Context = copy_context()
@@ -104,6 +105,7 @@ class Alarm:
         """Wake the waiter at ``deadline`` (ns); an earlier arming is forgotten."""
         if self._timer is not None:
             self._timer.callback = None
+        self._rung = False
         self._timer = self._clock.call_at(deadline, self._fire)
 
     def until(self, deadline: int) -> Alarm:
@@ -112,6 +114,9 @@ class Alarm:
         return self
 
     def __await__(self) -> Generator[Alarm, None, None]:
+        if self._rung:  # it rang before anybody listened
+            self._rung = False
+            return
         self._asyncio_future_blocking = True
         yield self
         if self._cancelled:
@@ -129,7 +134,9 @@ class Alarm:
     def _fire(self) -> None:
         self._timer = None
         wakeup, self._wakeup = self._wakeup, None
-        if wakeup is not None:
+        if wakeup is None:
+            self._rung = True
+        else:
             self._context.run(wakeup, self)
 
     def cancel(self, msg: object = None) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiovm.events import EventKind, deliver_event
+from aiovm.delivery import SHUTDOWN, deliver_event
+from aiovm.events import EventKind
 from aiovm.exits import ExitReason, Hlt, PauseLoop, Shutdown
 from aiovm.paravirt import HypercallNumber, decode_hypercall
 from aiovm.requests import Request
@@ -29,6 +30,7 @@ _IF = 0x200
 
 _X2APIC_MSRS = range(0x800, 0x900)
 _TSC, _APIC_BASE, _TSC_ADJUST, _MISC_ENABLE, _DEADLINE, _EFER = 0x10, 0x1B, 0x3B, 0x1A0, 0x6E0, 0xC000_0080
+_STEAL_TIME = 0x4B564D03
 _EFER_MASK = 0xD01  # SCE, LME, LMA, NXE
 #: MSRs inside the core whose value must be a canonical address (SDM vol. 4, table 2-2).
 _CANONICAL = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})
@@ -86,7 +88,7 @@ class VcpuPort:
             return vcpu.context.read_msr(index)
         if index in _CONSTANT:
             return _CONSTANT[index]
-        return vcpu.pv.read_msr(index)
+        return self._read_kvm_msr(index)
 
     def _write_msr(self, index: int, value: int) -> bool:
         vcpu = self.vcpu
@@ -121,7 +123,18 @@ class VcpuPort:
                 return False
             vcpu.context.write_msr(index, value)
             return True
-        return index in _CONSTANT or vcpu.pv.write_msr(index, value)
+        return index in _CONSTANT or self._write_kvm_msr(index, value)
+
+    def _read_kvm_msr(self, index: int) -> int | None:
+        if index == _STEAL_TIME:
+            return self.vcpu.steal.read_msr()
+        return None
+
+    def _write_kvm_msr(self, index: int, value: int) -> bool:
+        if index == _STEAL_TIME and self.vcpu.steal.write_msr(value):
+            self.vcpu.make_request(Request.STEAL_UPDATE)
+            return True
+        return False
 
     def _write_efer(self, value: int) -> bool:
         """Reserved bits and a change of LME under paging fault; LMA follows the CPU, not the write."""
@@ -273,7 +286,7 @@ class VcpuPort:
         outcome = deliver_event(
             vcpu.context.state, vm.memory, vector, kind=kind, error_code=error_code, return_rip=return_rip
         )
-        if outcome is None:
+        if outcome != SHUTDOWN:
             return True
         vcpu.note("triple fault")
         vcpu.make_request(Request.TRIPLE_FAULT)
@@ -283,11 +296,18 @@ class VcpuPort:
     def inject_pending(self) -> None:
         """``kvm_check_and_inject_events`` before an entry: NMI, then interrupts, each when the guest can take it."""
         vcpu = self.vcpu
-        events, state = vcpu.events, vcpu.context.state
-        if events.nmi_pending and not events.nmi_masked and not state.interrupt_shadow:
-            events.take_nmi()
-            vcpu.stat.nmi_injections += 1
-            self._deliver(2, EventKind.NMI)
+        events = vcpu.events
+        while events.any:
+            state = vcpu.context.state
+            event = events.select(interrupt_flag=False, shadow=state.interrupt_shadow)
+            if event is None:
+                break
+            if event.kind is EventKind.NMI:
+                vcpu.stat.nmi_injections += 1
+            delivered = self._deliver(event.vector, event.kind, error_code=event.error_code)
+            events.delivered()
+            if not delivered:
+                return
         self.on_irq_window()
 
     def on_irq_window(self) -> None:

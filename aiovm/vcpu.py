@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from aiovm.clock import FOREVER, Alarm
 from aiovm.engine.base import Seg, Segment
-from aiovm.events import EventState
+from aiovm.events import EventQueue
 from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown
 from aiovm.halt_poll import adapt
 from aiovm.lapic_message import Accepted, DeliveryMode
@@ -125,11 +125,11 @@ class Vcpu:
         self.pv_unhalted = False
         self.immediate_exit = False
         self.halt_poll_ns = 0
-        self.events = EventState()
+        self.events = EventQueue()
         self.ia32_misc_enable_msr = 0
         #: IA32_TSC_ADJUST, signed; the guest's TSC is the machine's plus this.
         self.tsc_adjust = 0
-        self.steal = StealTime()
+        self.steal = StealTime(vm.memory)
         self.ple = PleWindow()
         #: The last exits, for the message of a guest that ended itself.
         self.history: deque[str] = deque(maxlen=8)
@@ -167,6 +167,7 @@ class Vcpu:
         if self.blocking:
             self.ready = True
             self.stat.halt_wakeup += 1
+            self.vm.host.wake(self.thread, source)
             self.wq.set()
         elif self._polling:
             self._poll.ring_at(self.vm.clock.now())
@@ -427,10 +428,14 @@ class Vcpu:
         return self.pv_unhalted or bool(self.apic.pending_events) or self._has_events()
 
     def _has_events(self) -> bool:
-        if self.requests.bits & _NMI_OR_SMI or self.events.nmi_deliverable():
+        if self.requests.bits & _NMI_OR_SMI or self._nmi_deliverable():
             return True
         state = self.context.state
         return bool(state.rflags & 0x200) and (self.apic.pending_vector() >= 0 or self.vm.pic_pending(self))
+
+    def _nmi_deliverable(self) -> bool:
+        s = self.events.s
+        return bool(s.nmi_pending) and not s.nmi_masked
 
     def _block_ends(self) -> bool:
         """``kvm_vcpu_check_block``: also a timer that fired, a request to unblock, an interruption."""
@@ -449,21 +454,19 @@ class Vcpu:
         halted = self.mp_state is MpState.HALTED
         if halted and self.halt_poll_ns and not self._block_ends():
             await self._poll_for_wakeup(began)
-        if not self._block_ends() and not thread.resched:
+        while not self._block_ends() and not thread.resched:
             slept = clock.now()
             host.block(thread)
             self.blocking = True
-            try:
-                while True:
-                    self.wq.clear()
-                    if self._block_ends():
-                        break
-                    await self.wq.wait()
-            finally:
-                self.blocking = False
-            stat.halt_wait_ns += clock.now() - slept
-            host.wake(thread)
+            self.wq.clear()
+            # Invariant: no await between clear and test; whoever kicks after the test sets the event.
+            if self._block_ends():
+                host.wake(thread)
+            else:
+                await self.wq.wait()
+            self.blocking = False
             await thread.alarm
+            stat.halt_wait_ns += clock.now() - slept
         if halted:
             self.halt_poll_ns = adapt(self.halt_poll_ns, clock.now() - began, vm.halt_poll_ns)
         self.requests.clear_request(Request.UNBLOCK)
@@ -516,7 +519,7 @@ class Vcpu:
         self.context.reset(init=init)
         self.apic.reset(init=init)
         self.arm_timer()
-        self.events = EventState()
+        self.events.reset()
         self.pv_unhalted = False
         self.steal.reset()
 
@@ -551,7 +554,8 @@ class Vcpu:
             self.make_request(Request.EVENT)
 
     def _record_steal_time(self) -> None:
-        self.steal.update(self.thread.run_delay)
+        if self.steal.update(self.thread.run_delay):
+            self.context.flush_tlb()
 
     def _load_ple(self) -> None:
         """Hand the pause-loop window to the engine, in ns."""
