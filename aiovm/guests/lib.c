@@ -277,6 +277,7 @@ u64 random_next(u64 *state)
 extern const u8 ap_trampoline[], ap_trampoline_end[];
 extern u64 idt[256][2];
 
+u8 is_amd;
 static void (*ap_function[MAX_CPUS])(u32);
 
 void apic_enable(void)
@@ -329,8 +330,11 @@ noreturn void bsp_main(const u32 *information)
 {
     outb(SERIAL + SERIAL_LCR, 0x03);            /* 8N1 */
     outb(SERIAL + SERIAL_MCR, 0x03);            /* DTR, RTS */
+    outb(0x21, 0xFF);                           /* firmware may have left the 8259s and a timer going */
+    outb(0xA1, 0xFF);
     if (information[0] & 4)
         split_line((const char *)(u64)information[4]);
+    is_amd = cpuid(0).b == 0x68747541;          /* "Auth" */
     find_tsc_khz();
     calibrate();
     debug_exit(guest_main());

@@ -63,16 +63,22 @@ static inline void hlt(void) { __asm__ volatile("hlt" : : : "memory"); }
 /* Sleep for an interrupt: the STI shadow covers HLT, so that none is lost between the two. Returns with IF clear. */
 static inline void wait_for_interrupt(void) { __asm__ volatile("sti; hlt; cli" : : : "memory"); }
 
+/* This CPU is AMD's: its hypercall instruction is VMMCALL. */
+extern u8 is_amd;
+
 /* A hypercall (KVM's convention: the number in RAX, arguments in RBX, RCX). */
-static inline u64 vmcall(u64 number, u64 arg0, u64 arg1)
+static inline u64 hypercall(u64 number, u64 arg0, u64 arg1)
 {
     u64 result;
-    __asm__ volatile("vmcall" : "=a"(result) : "a"(number), "b"(arg0), "c"(arg1) : "memory");
+    if (is_amd)
+        __asm__ volatile("vmmcall" : "=a"(result) : "a"(number), "b"(arg0), "c"(arg1) : "memory");
+    else
+        __asm__ volatile("vmcall" : "=a"(result) : "a"(number), "b"(arg0), "c"(arg1) : "memory");
     return result;
 }
 
 /* KVM_HC_KICK_CPU: wake the CPU from HLT; when it is awake, its next HLT does not sleep. */
-static inline void kick_cpu(u32 cpu) { vmcall(5, 0, cpu); }
+static inline void kick_cpu(u32 cpu) { hypercall(5, 0, cpu); }
 
 /* This CPU's index (its initial APIC ID), without the exit that CPUID costs. */
 static inline u32 cpu_index(void)
