@@ -78,3 +78,37 @@ def multiboot_header(flags=0, *, checksum=None, addresses=()):
     if checksum is None:
         checksum = -(magic + flags) & 0xFFFFFFFF
     return struct.pack(f"<{3 + len(addresses)}I", magic, flags, checksum, *addresses)
+
+
+def pvh(bits, loads, entry, start, *, before=b"", start_size=4):
+    """An ELF file with a PT_NOTE that names a PVH entry; ``before`` are other notes."""
+    note = before + struct.pack("<3I", 4, start_size, 18) + b"Xen\0" + start.to_bytes(start_size, "little")
+    return elf(bits, [*loads, Load(0, note, type=4, flags=4)], entry)
+
+
+def bzimage(payload, *, version=0x20F, xloadflags=1, relocatable=1, header=None, code=b"", sectors=1):
+    """A setup sector and header, ``code`` padded to 0x300 bytes, then the payload; ``header`` overrides fields."""
+    head = bytearray((sectors or 4) * 512 + 512)
+    code = code.ljust(0x300, b"\x90")
+    fields = {
+        (0x1F1, 1): sectors,
+        (0x1FE, 2): 0xAA55,
+        (0x201, 1): 0x6A,
+        (0x202, 4): 0x53726448,
+        (0x206, 2): version,
+        (0x20E, 2): 0x100,
+        (0x22C, 4): 0x7FFFFFFF,
+        (0x230, 4): 0x200000,
+        (0x234, 1): relocatable,
+        (0x236, 2): xloadflags,
+        (0x238, 4): 2047,
+        (0x248, 4): len(code),
+        (0x24C, 4): len(payload),
+        (0x258, 8): 0x200000,
+        (0x260, 4): 0x10000,
+        **(header or {}),
+    }
+    for (offset, size), value in fields.items():
+        head[offset : offset + size] = value.to_bytes(size, "little")
+    head[0x300:0x320] = b"6.1.0-test (somebody) #1\0".ljust(32, b"\0")
+    return bytes(head) + code + payload

@@ -4,6 +4,9 @@
 
 =============  =====================================================================  ==============================
 ``multiboot``  a Multiboot 1 header in the first 8192 bytes                           32-bit, EBX = information
+``bzimage``    a Linux setup header                                                   64-bit, RSI = zero page
+``pvh``        an ELF file with Xen's note of type 18                                 32-bit, EBX = start information
+``vmlinux``    an ELF64 file with a Linux kernel's banner                             64-bit, RSI = zero page
 ``elf``        any other ELF executable                                               32-bit or 64-bit, plain
 ``flat``       anything else                                                          real mode at 0000:7C00
 =============  =====================================================================  ==============================
@@ -16,17 +19,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiovm.errors import ConfigError
-from aiovm.loaders import elf, flat, multiboot
+from aiovm.loaders import bzimage, elf, flat, linux, multiboot, pvh
 from aiovm.loaders.entry import EntryState, apply
 from aiovm.loaders.image import LoadedImage, LoadRequest, Module, read_modules
 from aiovm.loaders.ram import MapEntry, MemoryType, Ram, Region, memory_map
 from aiovm.loaders.symbols import Symbol, Symbols
+from aiovm.memory import GuestMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from aiovm.memory import GuestMemory
 
 __all__ = [
     "KINDS",
@@ -45,8 +46,11 @@ __all__ = [
     "read_modules",
 ]
 
-_FORMATS: dict[str, tuple[Callable[[bytes], bool], Callable[[LoadRequest], LoadedImage]]] = {
+_FORMATS: dict[str, tuple[Callable[[LoadRequest], bool], Callable[[LoadRequest], LoadedImage]]] = {
     "multiboot": (multiboot.is_multiboot, multiboot.load),
+    "bzimage": (bzimage.is_bzimage, bzimage.load),
+    "pvh": (pvh.is_pvh, pvh.load),
+    "vmlinux": (linux.is_vmlinux, linux.load),
     "elf": (elf.is_elf, elf.load),
     "flat": (lambda _: True, flat.load),
 }
@@ -57,7 +61,11 @@ KINDS = tuple(_FORMATS)
 
 def identify(image: bytes) -> str:
     """The image's format, one of :data:`KINDS`."""
-    return next(kind for kind, (matches, _) in _FORMATS.items() if matches(image))
+    return _identify(LoadRequest(image=image, name="image", ram=Ram(GuestMemory(), "image")))
+
+
+def _identify(request: LoadRequest) -> str:
+    return next(kind for kind, (matches, _) in _FORMATS.items() if matches(request))
 
 
 def load(
@@ -71,18 +79,16 @@ def load(
     load_address: int | None = None,
     entry: int | None = None,
     bits: int | None = None,
+    unpack: bool = True,
+    rsdp: int = 0,
 ) -> LoadedImage:
     """Place ``image`` in ``memory``.
 
     ``name`` is the image's file name; ``modules`` are further files (:func:`read_modules`). ``load_address``,
-    ``entry`` and ``bits`` are for flat images (:mod:`aiovm.loaders.flat`). Raises :class:`ConfigError`.
+    ``entry`` and ``bits`` are for flat images (:mod:`aiovm.loaders.flat`). Without ``unpack`` a bzImage's own
+    decompressor runs. ``rsdp`` is the address of ACPI's root pointer, for Linux and PVH.
+    Raises :class:`~aiovm.errors.ConfigError`.
     """
-    if kind is None:
-        kind = identify(image)
-    elif kind not in _FORMATS:
-        raise ConfigError(f"{name}: unknown image kind {kind!r}: one of {', '.join(KINDS)}")
-    if kind != "flat" and (load_address, entry, bits) != (None, None, None):
-        raise ConfigError(f"{name}: load address, entry and bits are for flat images, this is {kind}")
     request = LoadRequest(
         image=image,
         name=name,
@@ -92,5 +98,13 @@ def load(
         load_address=load_address,
         entry=entry,
         bits=bits,
+        unpack=unpack,
+        rsdp=rsdp,
     )
+    if kind is None:
+        kind = _identify(request)
+    elif kind not in _FORMATS:
+        raise request.refuse(f"unknown image kind {kind!r}: one of {', '.join(KINDS)}")
+    if kind != "flat" and (load_address, entry, bits) != (None, None, None):
+        raise request.refuse(f"load address, entry and bits are for flat images, this is {kind}")
     return _FORMATS[kind][1](request)

@@ -83,9 +83,9 @@ class Elf:
         return f"ELF{self.bits}, {count} at {low:#x}-{self.end:#x}, entry {self.entry:#x}"
 
 
-def is_elf(image: bytes) -> bool:
+def is_elf(request: LoadRequest) -> bool:
     """Whether the image begins like an ELF file."""
-    return image.startswith(MAGIC)
+    return request.image.startswith(MAGIC)
 
 
 def parse(request: LoadRequest) -> Elf:

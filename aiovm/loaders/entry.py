@@ -10,7 +10,7 @@ In all three interrupts are off, and but for real mode the IDT is empty: a fault
 a triple fault. The GDT and the page tables lie in low memory (:mod:`aiovm.loaders.ram`), so that a guest may reload
 its segments; every register not named is 0.
 
-Source: SDM vol. 3A, 3.4.5 (descriptors), 4.5 (4-level paging), 9.1 (state after reset).
+Source: SDM vol. 3A, 3.4.5 (descriptors), 4.5 (4-level paging). Not modelled: the A20 gate, which is always open.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Below 1 MiB an image begins in real mode, by default at 0000:7C00 as firmware st
 first fixed disk), data segments are 0, SP is 0x7C00. At 1 MiB and above it begins in 32-bit protected mode. ``bits``
 chooses otherwise: 16, 32 or 64; ``entry`` begins elsewhere than at the first byte.
 
-Source: the PC's boot convention (BIOS Boot Specification 1.01, 6.5.1 and D.2). Not modelled: firmware services (INT 10h
+Source: the PC's boot convention (BIOS Boot Specification 1.01). Not modelled: firmware services (INT 10h
 and the rest): the interrupt table is empty.
 """
 

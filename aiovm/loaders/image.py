@@ -11,16 +11,17 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiovm.errors import ConfigError
+from aiovm.memory import PAGE
 
 if TYPE_CHECKING:
     from aiovm.loaders.entry import EntryState
     from aiovm.loaders.ram import Ram, Region
     from aiovm.loaders.symbols import Symbols
 
-__all__ = ["LoadRequest", "LoadedImage", "Module", "read_modules"]
+__all__ = ["LoadRequest", "LoadedImage", "Module", "PlacedModule", "read_modules"]
 
 _PART = re.compile(r"(?:[^,]|,,)+")
 
@@ -31,6 +32,14 @@ class Module:
 
     data: bytes
     string: str = ""
+
+
+class PlacedModule(NamedTuple):
+    """Where a module lies; its string with the terminating zero."""
+
+    base: int
+    end: int
+    string: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,16 @@ class LoadRequest:
         if b"\0" in data:
             raise self.refuse(f"{what} contains a zero byte")
         return data + b"\0"
+
+    def place_modules(self, windows: tuple[tuple[int, int], ...], *, top: bool = False) -> list[PlacedModule]:
+        """Put every module into memory, on page boundaries."""
+        placed = []
+        for number, module in enumerate(self.modules, 1):
+            size = len(module.data)
+            base = self.ram.place(max(size, 1), f"module {number}", align=PAGE, windows=windows, top=top)
+            self.ram.write(base, module.data)
+            placed.append(PlacedModule(base, base + size, self.text(module.string, f"module {number}'s string")))
+        return placed
 
     def takes_no_extras(self, kind: str) -> None:
         """Refuse a command line or modules where the format has no way to pass them."""

@@ -16,27 +16,27 @@ Not modelled: boot device, symbols, drives, configuration table, APM, VBE and fr
 from __future__ import annotations
 
 import struct
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiovm.engine.base import Reg
 from aiovm.loaders import elf
 from aiovm.loaders.entry import protected_mode
 from aiovm.loaders.image import LoadedImage
-from aiovm.loaders.ram import HIGH, LOW, MemoryType, memory_map
+from aiovm.loaders.ram import HIGH, MemoryType, memory_map
 from aiovm.loaders.symbols import Symbols
 from aiovm.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from aiovm.loaders.image import LoadRequest
+    from aiovm.loaders.image import LoadRequest, PlacedModule
 
 __all__ = ["is_multiboot", "load"]
 
 _HEADER_MAGIC = 0x1BADB002
 _LOADER_MAGIC = 0x2BADB002
 _SEARCH = 8192
-_PAGE = 4096
 
 _WANTS_VIDEO = 1 << 2
 _HAS_ADDRESSES = 1 << 16
@@ -63,9 +63,9 @@ class Header(NamedTuple):
     entry_addr: int
 
 
-def is_multiboot(image: bytes) -> bool:
+def is_multiboot(request: LoadRequest) -> bool:
     """Whether the magic number stands where a header may be; its checksum is for :func:`load`."""
-    return next(_magics(image), None) is not None
+    return next(_magics(request.image), None) is not None
 
 
 def _magics(image: bytes) -> Iterator[int]:
@@ -104,7 +104,7 @@ def load(request: LoadRequest) -> LoadedImage:
         start, end, what = _load_by_addresses(request, header)
     else:
         start, end, what = _load_elf(request)
-    modules = _place_modules(request, end)
+    modules = request.place_modules(((max(end, MIB), 4 * GIB), *HIGH))
     info = _place_information(request, modules)
     entry = protected_mode(request.ram, start, gpr={Reg.RAX: _LOADER_MAGIC, Reg.RBX: info})
     parts = [f"Multiboot {what}"]
@@ -118,7 +118,7 @@ def load(request: LoadRequest) -> LoadedImage:
         entry=entry,
         summary=", ".join(parts),
         regions=request.ram.regions,
-        symbols=Symbols(request.image if elf.is_elf(request.image) else b"", request.name),
+        symbols=Symbols(request.image if elf.is_elf(request) else b"", request.name),
     )
 
 
@@ -150,57 +150,33 @@ def _load_by_addresses(request: LoadRequest, header: Header) -> tuple[int, int, 
     return header.entry_addr, end, f"image at {base:#x}-{end:#x}, entry {header.entry_addr:#x}"
 
 
-def _place_modules(request: LoadRequest, image_end: int) -> list[tuple[int, int, bytes]]:
-    """Start, end and string of each module."""
-    placed = []
-    windows = ((max(image_end, MIB), 4 * GIB), *HIGH)
-    for number, module in enumerate(request.modules, 1):
-        string = request.text(module.string, f"module {number}'s string")
-        size = len(module.data)
-        base = request.ram.place(max(size, 1), f"module {number}", align=_PAGE, windows=windows)
-        request.ram.write(base, module.data)
-        placed.append((base, base + size, string))
-    return placed
-
-
-def _place_information(request: LoadRequest, modules: list[tuple[int, int, bytes]]) -> int:
+def _place_information(request: LoadRequest, modules: list[PlacedModule]) -> int:
     """One block: the information, the module list, the memory map, the strings; its address."""
     memory = memory_map(request.ram.memory)
     ranges = b"".join(struct.pack("<IQQI", 20, *entry) for entry in memory)
     strings = [
         request.text(f"{request.name} {request.cmdline}".rstrip(), "command line"),
         request.text(_LOADER_NAME, "loader name"),
-        *(string for _, _, string in modules),
+        *(m.string for m in modules),
     ]
-    list_at = _INFO_SIZE
-    map_at = list_at + 16 * len(modules)
-    strings_at = map_at + len(ranges)
-    size = strings_at + sum(map(len, strings))
-    base = request.ram.place(size, "Multiboot information", windows=LOW)
-
-    addresses, at = [], base + strings_at
-    for string in strings:
-        addresses.append(at)
-        at += len(string)
-    conventional = next((e.size for e in memory if e.type is MemoryType.RAM and e.base == 0), 0)
-    extended = next((e.size for e in memory if e.type is MemoryType.RAM and e.base == MIB), 0)
+    sizes = [_INFO_SIZE, 16 * len(modules), len(ranges), *map(len, strings)]
+    base = request.ram.place(sum(sizes), "Multiboot information")
+    _, list_at, map_at, cmdline_at, loader_at, *strings_at = accumulate(sizes[:-1], initial=base)
+    lower, upper = (next((e.size for e in memory if e.type is MemoryType.RAM and e.base == b), 0) for b in (0, MIB))
     fields = {
         0: _INFO_MEMORY | _INFO_CMDLINE | _INFO_MODULES | _INFO_MAP | _INFO_LOADER_NAME,
-        4: conventional // KIB,
-        8: min(extended // KIB, 0xFFFF_FFFF),
-        16: addresses[0],
+        4: lower // KIB,
+        8: upper // KIB,
+        16: cmdline_at,
         20: len(modules),
-        24: base + list_at,
+        24: list_at,
         44: len(ranges),
-        48: base + map_at,
-        64: addresses[1],
+        48: map_at,
+        64: loader_at,
     }
     info = bytearray(_INFO_SIZE)
     for offset, value in fields.items():
         struct.pack_into("<I", info, offset, value)
-    entries = (
-        struct.pack("<4I", start, end, address, 0)
-        for (start, end, _), address in zip(modules, addresses[2:], strict=True)
-    )
+    entries = (struct.pack("<4I", m.base, m.end, at, 0) for m, at in zip(modules, strings_at, strict=True))
     request.ram.write(base, b"".join((info, *entries, ranges, *strings)))
     return base

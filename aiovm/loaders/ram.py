@@ -6,8 +6,8 @@ Every writable memslot is RAM. A loader claims what its image fixes and places t
   where that is full. The first 64 KiB stay free: boot sectors, SIPI trampolines and real-mode tables live there.
 * ``HIGH``: modules, ramdisks and stacks, from 1 MiB on.
 
-Nothing is loaded at 4 GiB or above, where the entry states map nothing. The map (INT 15h E820's ranges, ACPI 6.5
-table 15-1) has the conventional 639 KiB, holds back the extended BIOS data area and the BIOS area, where ACPI tables
+Nothing is loaded at 4 GiB or above, where the entry states map nothing. The map (the ranges of INT 15h E820; ACPI
+6.5, chapter 15) has the conventional 639 KiB, holds back the extended BIOS data area and the BIOS area, where ACPI tables
 are looked for, and lists the rest as it is.
 
 Modelled: RAM in several slots, as around the PCI hole. Not modelled: ACPI reclaimable and NVS ranges.
@@ -40,7 +40,7 @@ LOW = ((0x10000, 0x9F000), *HIGH)
 
 
 class MemoryType(enum.IntEnum):
-    """Address range types (ACPI 6.5, table 15-2)."""
+    """Address range types (ACPI 6.5, chapter 15)."""
 
     RAM = 1
     RESERVED = 2
@@ -140,7 +140,7 @@ class Ram:
             f"{self._name}: no room for {what} ({size:#x} bytes) in {where}: RAM below 4 GiB is {self._sizes()}"
         )
 
-    def write(self, base: int, data: bytes | memoryview) -> None:
+    def write(self, base: int, data: bytes | bytearray | memoryview) -> None:
         """Store into what was claimed or placed."""
         self.memory.write(base, data)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images import Load, elf, memory, multiboot_header
+from images import Load, bzimage, elf, memory, multiboot_header, pvh
 
 from aiovm import guests
 from aiovm.errors import ConfigError
@@ -16,6 +18,9 @@ SEEDS = (
     elf(32, [Load(0x200000, CODE), Load(0x300000, CODE, 0x100)], 0x200000),
     elf(64, [Load(0x200000, CODE), Load(0x300000, CODE, 0x100)], 0x200000),
     elf(64, [Load(0x200000, CODE)], 0x200000, prefix=multiboot_header(3)),
+    pvh(64, [Load(0x200000, CODE)], 0x200000, 0x200010),
+    elf(64, [Load(0x200000, b"Linux version ")], 0x200000),
+    bzimage(gzip.compress(elf(64, [Load(0x200000, CODE)], 0x200000))),
     multiboot_header(0x10003, addresses=(0x200000, 0x200000, 0, 0x201000, 0x200020)) + CODE,
 )
 
@@ -25,9 +30,9 @@ def one_line(error):
     return text.startswith("k: ") and "\n" not in text
 
 
-def answer(image, kind, modules=()):
+def answer(image, kind, modules=(), *, unpack=True):
     try:
-        loaded = load(image, name="k", memory=memory(0x400000), kind=kind, modules=modules)
+        loaded = load(image, name="k", memory=memory(0x400000), kind=kind, modules=modules, unpack=unpack)
     except ConfigError as error:
         return one_line(error)
     try:
@@ -49,12 +54,13 @@ edits = st.lists(
     edits=edits,
     cut=st.none() | st.integers(0, 0x3000),
     kind=st.none() | st.sampled_from(KINDS),
+    unpack=st.booleans(),
 )
-def test_a_damaged_image_is_loaded_or_refused(seed, edits, cut, kind):
+def test_a_damaged_image_is_loaded_or_refused(seed, edits, cut, kind, unpack):
     image = bytearray(seed)
     for at, size, value in edits:
         image[at : at + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    assert answer(bytes(image[:cut]), kind, (Module(b"m", "m"),))
+    assert answer(bytes(image[:cut]), kind, (Module(b"m", "m"),), unpack=unpack)
 
 
 @settings(max_examples=100, deadline=None)
