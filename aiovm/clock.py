@@ -108,6 +108,13 @@ class Alarm:
         self._rung = False
         self._timer = self._clock.call_at(deadline, self._fire)
 
+    def disarm(self) -> None:
+        """Forget an arming, and a ring that nobody has heard."""
+        if self._timer is not None:
+            self._timer.callback = None
+            self._timer = None
+        self._rung = False
+
     def until(self, deadline: int) -> Alarm:
         """Arm, and give the thing to await."""
         self.ring_at(deadline)
@@ -132,7 +139,9 @@ class Alarm:
             self._context = context
 
     def _fire(self) -> None:
-        self._timer = None
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.callback = None  # not the one that fired, when a cancellation wakes the task
         wakeup, self._wakeup = self._wakeup, None
         if wakeup is None:
             self._rung = True
@@ -142,11 +151,15 @@ class Alarm:
     def cancel(self, msg: object = None) -> bool:
         if self._wakeup is None:
             return False
-        if self._timer is not None:
-            self._timer.cancel()
-        self._cancelled = True
-        self._loop.call_soon(self._fire)
+        if not self._cancelled:
+            self.disarm()
+            self._cancelled = True
+            self._loop.call_soon(self._fire_cancelled)
         return True
+
+    def _fire_cancelled(self) -> None:
+        if self._cancelled:  # else a ring came first, and the task knows
+            self._fire()
 
     def result(self) -> None:
         """The task asks for the outcome before it steps the coroutine; the coroutine raises by itself."""
@@ -212,7 +225,8 @@ class VirtualClock:
                 continue
             return False
         self._turns += 1
-        self.cells[0] = deadline
+        if deadline > self.cells[0]:
+            self.cells[0] = deadline
         return True
 
     def step(self) -> bool:
