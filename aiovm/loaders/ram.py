@@ -7,8 +7,8 @@ Every writable memslot is RAM. A loader claims what its image fixes and places t
 * ``HIGH``: modules, ramdisks and stacks, from 1 MiB on.
 
 Nothing is loaded at 4 GiB or above, where the entry states map nothing. The map (the ranges of INT 15h E820; ACPI
-6.5, chapter 15) has the conventional 639 KiB, holds back the extended BIOS data area and the BIOS area, where ACPI tables
-are looked for, and lists the rest as it is.
+6.5, chapter 15) has the conventional 639 KiB, holds back the extended BIOS data area and the BIOS area, where ACPI
+tables are looked for, and lists the rest as it is.
 
 Modelled: RAM in several slots, as around the PCI hole. Not modelled: ACPI reclaimable and NVS ranges.
 """
