@@ -28,6 +28,9 @@ __all__ = ["MIN_PERIOD_NS", "LapicTimer", "LapicTimerState", "TimerMode", "divis
 #: The shortest period of a periodic timer (``min_timer_period_us`` of 6.16).
 MIN_PERIOD_NS = 200_000
 
+#: Later than any clock goes (146 years): a guest may name it, and it arms nothing.
+_NEVER_NS = 1 << 62
+
 
 class TimerMode(enum.IntEnum):
     """LVTT bits 18:17."""
@@ -145,7 +148,7 @@ class LapicTimer:
             return
         s.pending = False
         s.tsc_deadline = tsc_value
-        s.target_ns = max(deadline_ns, now) if tsc_value else None
+        s.target_ns = max(deadline_ns, now) if tsc_value and deadline_ns < _NEVER_NS else None
 
     # ---- time ----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 Rules, from the sheet *lapic* §10:
 
 * Edge pins latch at the rise and keep the request when the line falls; level pins (ELCR) follow the line.
+* Registers are bytes: accesses of other sizes read 0 and are ignored, as in KVM.
 * A request wins when its priority is strictly higher than what is in service; priorities rotate.
 * The slave's output pulses the master's pin 2. An acknowledge with nothing pending gives a spurious 7 (15).
 
@@ -16,13 +17,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
+from aiovm.devices.window import Window
 from aiovm.errors import ConfigError
 from aiovm.irq import IrqLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Pic8259", "Pic8259State", "PicPorts", "PicState"]
+__all__ = ["Pic8259", "Pic8259State", "PicState"]
 
 #: Which pins may be level-triggered: not 0, 1, 2 and not 8, 13.
 _ELCR_MASKS: Final = (0xF8, 0xDE)
@@ -59,28 +61,6 @@ class Pic8259State:
     sources: list[int] = field(default_factory=lambda: [0] * 16)
 
 
-class PicPorts:
-    """A window of :class:`Pic8259` on the port bus: a chip's two registers, or the two ELCR bytes.
-
-    Only single bytes are answered; other sizes read 0 and are ignored, as in KVM.
-    """
-
-    LENGTH = 2
-
-    def __init__(self, read: Callable[[int], int], write: Callable[[int, int], None]) -> None:
-        self._read = read
-        self._write = write
-
-    def read(self, offset: int, size: int, now: int) -> int:
-        """One byte."""
-        return self._read(offset) if size == 1 else 0
-
-    def write(self, offset: int, size: int, value: int, now: int) -> None:
-        """One byte."""
-        if size == 1:
-            self._write(offset, value & 0xFF)
-
-
 class Pic8259:
     """The pair. ``intr`` is the master's output; ``ports[0]`` lies at 0x20, ``ports[1]`` at 0xA0, ``elcr`` at 0x4D0.
 
@@ -99,11 +79,8 @@ class Pic8259:
         self._on_mask = on_mask
         self._lines = [0] * 16
         self._s = Pic8259State()
-        self.ports = (
-            PicPorts(lambda offset: self._read_chip(0, offset), lambda offset, v: self._write_chip(0, offset, v)),
-            PicPorts(lambda offset: self._read_chip(1, offset), lambda offset, v: self._write_chip(1, offset, v)),
-        )
-        self.elcr = PicPorts(self._read_elcr, self._write_elcr)
+        self.ports = (self._window(0), self._window(1))
+        self.elcr = Window(2, self._read_elcr, self._write_elcr)
 
     # ---- pins ----------------------------------------------------------------------------------------------
 
@@ -166,6 +143,13 @@ class Pic8259:
         self.restore(Pic8259State(sources=self._s.sources))
 
     # ---- registers -----------------------------------------------------------------------------------------
+
+    def _window(self, which: int) -> Window:
+        return Window(
+            2,
+            lambda offset, size, now: self._read_chip(which, offset) if size == 1 else 0,
+            lambda offset, size, value, now: self._write_chip(which, offset, value & 0xFF) if size == 1 else None,
+        )
 
     def _read_chip(self, which: int, offset: int) -> int:
         chip = self._s.chips[which]
@@ -247,11 +231,12 @@ class Pic8259:
             case 6:
                 chip.priority_add = irq + 1 & 7
 
-    def _read_elcr(self, offset: int) -> int:
-        return self._s.chips[offset].elcr
+    def _read_elcr(self, offset: int, size: int, now: int) -> int:
+        return self._s.chips[offset].elcr if size == 1 else 0
 
-    def _write_elcr(self, offset: int, value: int) -> None:
-        self._s.chips[offset].elcr = value & _ELCR_MASKS[offset]
+    def _write_elcr(self, offset: int, size: int, value: int, now: int) -> None:
+        if size == 1:
+            self._s.chips[offset].elcr = value & _ELCR_MASKS[offset]
 
     # ---- inside --------------------------------------------------------------------------------------------
 

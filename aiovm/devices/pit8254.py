@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
+from aiovm.devices.window import Window
 from aiovm.lapic_timer import MIN_PERIOD_NS
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from aiovm.irq import IrqLine
 
-__all__ = ["PIT_HZ", "Pit8254", "Pit8254State", "PitChannel", "SpeakerPort"]
+__all__ = ["PIT_HZ", "Pit8254", "Pit8254State", "PitChannel"]
 
 #: The counters' clock, as KVM rounds it.
 PIT_HZ: Final = 1_193_181
@@ -81,7 +82,7 @@ class Pit8254:
         self._reinject = reinject
         self._on_tick = on_tick
         self._s = Pit8254State()
-        self.speaker = SpeakerPort(self)
+        self.speaker = Window(1, self._read_port61, self._write_port61)
 
     # ---- registers -----------------------------------------------------------------------------------------
 
@@ -146,12 +147,12 @@ class Pit8254:
                 return ticks == count
         return ticks >= count
 
-    def read_port61(self, now: int) -> int:
+    def _read_port61(self, offset: int, size: int, now: int) -> int:
         """Port 0x61: gate 2 (bit 0), speaker (1), refresh (4), output 2 (5)."""
         s = self._s
         return s.channels[2].gate | s.speaker << 1 | (now >> 14 & 1) << 4 | self.out(2, now) << 5
 
-    def write_port61(self, value: int, now: int) -> None:
+    def _write_port61(self, offset: int, size: int, value: int, now: int) -> None:
         """Port 0x61: gate 2 and the speaker."""
         self._s.speaker = bool(value & 2)
         self.set_gate(2, bool(value & 1), now)
@@ -285,23 +286,6 @@ class Pit8254:
         self._irq.pulse()
         if self._on_tick is not None:
             self._on_tick()
-
-
-class SpeakerPort:
-    """The window at port 0x61. No state of its own."""
-
-    LENGTH = 1
-
-    def __init__(self, pit: Pit8254) -> None:
-        self._pit = pit
-
-    def read(self, offset: int, size: int, now: int) -> int:
-        """The status bits."""
-        return self._pit.read_port61(now)
-
-    def write(self, offset: int, size: int, value: int, now: int) -> None:
-        """Gate 2 and the speaker."""
-        self._pit.write_port61(value, now)
 
 
 def _copy(state: Pit8254State) -> Pit8254State:

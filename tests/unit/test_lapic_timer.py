@@ -148,6 +148,13 @@ def test_deadline_zero_disarms():
     assert timer.next_deadline() is None
 
 
+def test_deadline_beyond_all_clocks_arms_nothing():
+    timer = make(TimerMode.TSC_DEADLINE)
+    timer.write_deadline((1 << 64) - 1, 1 << 62, 0)
+    assert timer.next_deadline() is None
+    assert timer.read_deadline() == (1 << 64) - 1
+
+
 def test_deadline_is_ignored_outside_its_mode():
     timer = make()
     timer.write_deadline(5, 5000, 0)
