@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from aiovm.clock import Alarm, Timer, VirtualClock, WallClock
 from aiovm.costs import Costs
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 __all__ = ["Host", "VirtualLoop", "run", "run_wall"]
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class _ClockHandle(asyncio.TimerHandle):
+    """asyncio's handle of a timed call, and the clock's."""
+
+    __slots__ = ("timer",)
+    timer: Timer
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -55,28 +63,40 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self.clock.now() / 1_000_000_000
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        handle = asyncio.TimerHandle(when, callback, args, self, context)
-        self.clock.call_at(round(when * 1_000_000_000), lambda: None if handle.cancelled() else handle._run())
-        return handle
+        return self._arm(round(when * 1_000_000_000), callback, args, context)
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        deadline = self.clock.now() + max(0, round(delay * 1_000_000_000))
-        handle = asyncio.TimerHandle(deadline / 1_000_000_000, callback, args, self, context)
-        self.clock.call_at(deadline, lambda: None if handle.cancelled() else handle._run())
+        return self._arm(self.clock.now() + max(0, round(delay * 1_000_000_000)), callback, args, context)
+
+    def _arm(
+        self, deadline: int, callback: Callable[[*Ts], object], args: tuple[*Ts], context: Context | None
+    ) -> asyncio.TimerHandle:
+        handle = _ClockHandle(deadline / 1_000_000_000, callback, args, self, context)
+        handle.timer = self.clock.call_at(deadline, handle._run)
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """A cancelled handle does nothing when its time comes."""
+        # A deadline that nobody waits for must not move time.
+        assert isinstance(handle, _ClockHandle)
+        handle.timer.cancel()
 
-    def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        future = super().run_in_executor(executor, func, *args)
         self._outside += 1
-        future: asyncio.Future[T] = super().run_in_executor(executor, func, *args)  # type: ignore[assignment]
         future.add_done_callback(self._came_back)
         return future
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Wait for the executor's threads to end; a timeout in virtual time would mean nothing to them."""
+        self._outside += 1
+        try:
+            await super().shutdown_default_executor()
+        finally:
+            self._outside -= 1
 
     def _came_back(self, _future: asyncio.Future[Any]) -> None:
         self._outside -= 1
