@@ -133,6 +133,18 @@ def test_base_from_the_host_skips_the_transition_check_only():
     assert lapic.set_apic_base(0xFEE0_0D00, host_initiated=True)
 
 
+def test_base_stored_again_or_moved_keeps_the_id():
+    lapic = make()
+    write(lapic, 0x20, 0x7700_0000)
+    assert lapic.set_apic_base(0xFEE0_0900)
+    assert lapic.set_apic_base(0xFED0_0900)
+    assert lapic.base_address == 0xFED0_0000
+    assert read(lapic, 0x20) == 0x7700_0000
+    wide = x2(0x23)
+    assert wide.set_apic_base(0xFED0_0D00)
+    assert wide.msr_read(0x802, 0) == 0x23
+
+
 def test_no_x2apic_without_cpuid():
     assert not make(x2apic=False).set_apic_base(0xFEE0_0D00)
 

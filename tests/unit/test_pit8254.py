@@ -104,6 +104,16 @@ def test_reinject_sends_every_tick():
     assert timer.pulses == 4
 
 
+def test_reinject_waits_for_the_acknowledge():
+    timer = Timer(reinject=True)
+    timer.program(0, 2, 11932)
+    timer.pit.advance(10_001_000)
+    timer.pit.advance(20_001_000)
+    assert timer.pulses == 1
+    timer.pit.acknowledge()
+    assert timer.pulses == 2
+
+
 def test_unmask_drops_the_backlog():
     timer = Timer(reinject=True)
     timer.program(0, 2, 11932)
