@@ -18,12 +18,12 @@ reads all ones).
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from dataclasses import replace
+from typing import Final
 
 from aiovm.errors import ConfigError
 from aiovm.lapic_message import Accepted, DeliveryMode, IpiMessage, Shorthand, decode_icr
+from aiovm.lapic_registers import APIC_BASE, LVT_MASKED, LVT_WRITABLE, BaseMsr, LapicEffect, LapicState, Lvt, Reg
 from aiovm.lapic_timer import LapicTimer, LapicTimerState, TimerMode
 
 __all__ = [
@@ -38,101 +38,17 @@ __all__ = [
     "Shorthand",
 ]
 
-#: Where the register page lies at reset.
-APIC_BASE: Final = 0xFEE0_0000
-
-_BASE_BSP: Final = 1 << 8
-_BASE_EXTD: Final = 1 << 10
-_BASE_EN: Final = 1 << 11
-_BASE_RESERVED: Final = 0x2FF
-
-_MASKED: Final = 1 << 16
 _SW_ENABLE: Final = 1 << 8
 #: Reserved bits of the 64-bit ICR: 31:20, 17:16 and 13.
 _X2APIC_ICR_RESERVED: Final = 0xFFF3_2000
 _PAGE_BYTES: Final = 0x400
-
-
-class _Reg:
-    """Register offsets (SDM vol. 3A, table 10-1); plain integers, for they are compared on every access."""
-
-    ID: Final = 0x020
-    VERSION: Final = 0x030
-    TPR: Final = 0x080
-    PPR: Final = 0x0A0
-    EOI: Final = 0x0B0
-    LDR: Final = 0x0D0
-    DFR: Final = 0x0E0
-    SPIV: Final = 0x0F0
-    ISR: Final = 0x100
-    TMR: Final = 0x180
-    IRR: Final = 0x200
-    ESR: Final = 0x280
-    ICR: Final = 0x300
-    ICR2: Final = 0x310
-    LVTT: Final = 0x320
-    LVT_ERROR: Final = 0x370
-    TMICT: Final = 0x380
-    TMCCT: Final = 0x390
-    TDCR: Final = 0x3E0
-    SELF_IPI: Final = 0x3F0
-
-
-class Lvt(enum.IntEnum):
-    """Local vectors, in register order from 0x320."""
-
-    TIMER = 0
-    THERMAL = 1
-    PERFORMANCE = 2
-    LINT0 = 3
-    LINT1 = 4
-    ERROR = 5
-
-
-#: Writable bits of each local vector; the timer's mode bits come on top (the sheet *lapic* §5).
-_LVT_WRITABLE: Final = (0x110FF, 0x117FF, 0x117FF, 0x1F7FF, 0x1F7FF, 0x110FF)
 _MODES: Final = tuple(DeliveryMode)
 _TIMER_MODES: Final = tuple(TimerMode)
-
-
-class LapicEffect(NamedTuple):
-    """What a register access owes: a message to send, an EOI to pass on, an event to look for, a deadline that
-    moved, a destination map to rebuild. ``eoi_level``: the retired vector's TMR bit."""
-
-    ipi: IpiMessage | None = None
-    eoi: int | None = None
-    eoi_level: bool = False
-    event: bool = False
-    timer: bool = False
-    map_changed: bool = False
-
 
 _NOTHING: Final = LapicEffect()
 _EVENT: Final = LapicEffect(event=True)
 _TIMER: Final = LapicEffect(timer=True)
 _MAP: Final = LapicEffect(map_changed=True)
-
-
-@dataclass(slots=True)
-class LapicState:
-    """The chip's registers. IRR, ISR and TMR are 256-bit maps; ``apic_id`` is the raw ID register."""
-
-    base: int = APIC_BASE | _BASE_EN
-    apic_id: int = 0
-    tpr: int = 0
-    ldr: int = 0
-    dfr: int = 0xFFFF_FFFF
-    spiv: int = 0xFF
-    isr: int = 0
-    tmr: int = 0
-    irr: int = 0
-    icr: int = 0
-    lvt: tuple[int, ...] = (_MASKED,) * 6
-    timer: LapicTimerState = field(default_factory=LapicTimerState)
-    init_pending: bool = False
-    sipi_pending: bool = False
-    sipi_vector: int = 0
-    arb_prio: int = 0
 
 
 class Lapic:
@@ -171,7 +87,7 @@ class Lapic:
         #: Edge-triggered vectors whose EOI somebody awaits, as a 256-bit map (KVM's acknowledge notifiers).
         self.watched_vectors = 0
         self._bsp = bsp
-        self._reserved_base = _BASE_RESERVED | ~((1 << maxphyaddr) - 1) | (0 if x2apic else _BASE_EXTD)
+        self._reserved_base = BaseMsr.RESERVED | ~((1 << maxphyaddr) - 1) | (0 if x2apic else BaseMsr.EXTD)
         self._timer_mask = 0x6_0000 if tsc_deadline else 0x2_0000
         self._s = LapicState()
         self._hw = self._enabled = self._x2apic = False
@@ -208,7 +124,7 @@ class Lapic:
     @property
     def is_bsp(self) -> bool:
         """IA32_APIC_BASE bit 8, as it stands now."""
-        return bool(self._s.base & _BASE_BSP)
+        return bool(self._s.base & BaseMsr.BSP)
 
     @property
     def base_address(self) -> int:
@@ -226,19 +142,19 @@ class Lapic:
         old = s.base
         if value == old:
             return True
-        mode = value & (_BASE_EN | _BASE_EXTD)
-        if value & self._reserved_base or mode == _BASE_EXTD:
+        mode = value & (BaseMsr.EN | BaseMsr.EXTD)
+        if value & self._reserved_base or mode == BaseMsr.EXTD:
             return False
         if not host_initiated:
-            was = old & (_BASE_EN | _BASE_EXTD)
-            if (was == _BASE_EN | _BASE_EXTD and mode == _BASE_EN) or (not was and mode & _BASE_EXTD):
+            was = old & (BaseMsr.EN | BaseMsr.EXTD)
+            if (was == BaseMsr.EN | BaseMsr.EXTD and mode == BaseMsr.EN) or (not was and mode & BaseMsr.EXTD):
                 return False
         s.base = value
         changed = old ^ value
-        if mode & _BASE_EXTD:
-            if changed & _BASE_EXTD:
+        if mode & BaseMsr.EXTD:
+            if changed & BaseMsr.EXTD:
                 self._set_x2apic_id()
-        elif value & _BASE_EN and changed & (_BASE_EN | _BASE_EXTD):
+        elif value & BaseMsr.EN and changed & (BaseMsr.EN | BaseMsr.EXTD):
             s.apic_id = (self.vcpu_id & 0xFF) << 24
         self._decode()
         return True
@@ -267,9 +183,9 @@ class Lapic:
         if not self._x2apic or not 0x800 <= index <= 0x8FF:
             return None
         offset = (index - 0x800) << 4
-        if offset == _Reg.ICR:
+        if offset == Reg.ICR:
             return self._s.icr
-        if offset in (_Reg.DFR, _Reg.ICR2, 0x090):
+        if offset in (Reg.DFR, Reg.ICR2, 0x090):
             return None
         return self._read(offset, now)
 
@@ -278,14 +194,14 @@ class Lapic:
         if not self._x2apic or not 0x800 <= index <= 0x8FF:
             return None
         offset = (index - 0x800) << 4
-        if offset == _Reg.ICR:
+        if offset == Reg.ICR:
             if value & _X2APIC_ICR_RESERVED:
                 return None
             self._s.icr = value & ~0x1000
             return LapicEffect(decode_icr(value, value >> 32))
-        if value >> 32 or offset in (_Reg.ID, _Reg.LDR, _Reg.DFR, _Reg.ICR2) or (offset == _Reg.ESR and value):
+        if value >> 32 or offset in (Reg.ID, Reg.LDR, Reg.DFR, Reg.ICR2) or (offset == Reg.ESR and value):
             return None
-        if offset == _Reg.SELF_IPI:
+        if offset == Reg.SELF_IPI:
             return None if value & ~0xFF else LapicEffect(decode_icr(0x4_0000 | value, 0))
         return self._write(offset, value, now)
 
@@ -419,18 +335,18 @@ class Lapic:
     def deliver_lvt(self, which: Lvt) -> Accepted:
         """A local interrupt source fired. A delivered performance interrupt masks its entry, as on Intel."""
         entry = self._s.lvt[which]
-        if not self._hw or entry & _MASKED:
+        if not self._hw or entry & LVT_MASKED:
             return Accepted.DROPPED
         answer = self.accept(_MODES[entry >> 8 & 7], entry & 0xFF, trigger_level=entry & 0x8000 != 0)
         if which is Lvt.PERFORMANCE and answer is not Accepted.DROPPED:
-            self._set_lvt(which, entry | _MASKED)
+            self._set_lvt(which, entry | LVT_MASKED)
         return answer
 
     # ---- the timer, as the run loop sees it ----------------------------------------------------------------
 
     def has_pending_timer(self) -> bool:
         """An expired timer waits that delivering would turn into an interrupt: a halted vCPU wakes."""
-        return self.timer.pending and self._enabled and not self._s.lvt[Lvt.TIMER] & _MASKED
+        return self.timer.pending and self._enabled and not self._s.lvt[Lvt.TIMER] & LVT_MASKED
 
     def inject_timer(self) -> bool:
         """Deliver a pending expiry; whether IRR got it (a masked timer's tick is lost)."""
@@ -484,7 +400,7 @@ class Lapic:
         else:
             new.apic_id = (self.vcpu_id & 0xFF) << 24
             if self._bsp:
-                new.base |= _BASE_BSP
+                new.base |= BaseMsr.BSP
         if self._bsp:
             # KVM_X86_QUIRK_LINT0_REENABLED: firmware that never sets LVT0 still gets the 8259.
             new.lvt = (*new.lvt[: Lvt.LINT0], 0x700, *new.lvt[Lvt.LINT0 + 1 :])
@@ -493,7 +409,7 @@ class Lapic:
     def to_page(self, now: int) -> bytes:
         """``struct kvm_lapic_state``: the first 1 KiB of the register page; a 32-bit id in x2APIC mode."""
         page = bytearray(_PAGE_BYTES)
-        for offset in range(_Reg.ID, _PAGE_BYTES, 0x10):
+        for offset in range(Reg.ID, _PAGE_BYTES, 0x10):
             value = self._read(offset, now)
             if value is not None:
                 page[offset : offset + 4] = value.to_bytes(4, "little")
@@ -514,25 +430,25 @@ class Lapic:
             return sum(word(offset + 0x10 * i) << (32 * i) for i in range(8))
 
         s = self._s
-        if self._x2apic and word(_Reg.ID) != self.vcpu_id:
+        if self._x2apic and word(Reg.ID) != self.vcpu_id:
             return False
         if not self._x2apic:
-            s.apic_id = word(_Reg.ID) & 0xFF00_0000
-            s.ldr = word(_Reg.LDR) & 0xFF00_0000
-            s.dfr = word(_Reg.DFR) | 0x0FFF_FFFF
-        s.tpr = word(_Reg.TPR) & 0xFF
-        s.spiv = word(_Reg.SPIV) & 0x3FF
-        s.isr, s.tmr, s.irr = bitmap(_Reg.ISR), bitmap(_Reg.TMR), bitmap(_Reg.IRR)
-        s.icr = word(_Reg.ICR) | word(_Reg.ICR2) << 32
-        s.lvt = tuple(word(_Reg.LVTT + 0x10 * i) & self._lvt_writable(i) for i in range(6))
+            s.apic_id = word(Reg.ID) & 0xFF00_0000
+            s.ldr = word(Reg.LDR) & 0xFF00_0000
+            s.dfr = word(Reg.DFR) | 0x0FFF_FFFF
+        s.tpr = word(Reg.TPR) & 0xFF
+        s.spiv = word(Reg.SPIV) & 0x3FF
+        s.isr, s.tmr, s.irr = bitmap(Reg.ISR), bitmap(Reg.TMR), bitmap(Reg.IRR)
+        s.icr = word(Reg.ICR) | word(Reg.ICR2) << 32
+        s.lvt = tuple(word(Reg.LVTT + 0x10 * i) & self._lvt_writable(i) for i in range(6))
         s.arb_prio = 0
         self.timer.restore(
             LapicTimerState(
-                mode=_TIMER_MODES[s.lvt[Lvt.TIMER] >> 17 & 3], tmict=word(_Reg.TMICT), tdcr=word(_Reg.TDCR) & 0xB
+                mode=_TIMER_MODES[s.lvt[Lvt.TIMER] >> 17 & 3], tmict=word(Reg.TMICT), tdcr=word(Reg.TDCR) & 0xB
             )
         )
         s.timer = self.timer.state
-        self.timer.start_at_count(word(_Reg.TMCCT), now)
+        self.timer.start_at_count(word(Reg.TMCCT), now)
         self._decode()
         return True
 
@@ -541,71 +457,71 @@ class Lapic:
     def _read(self, offset: int, now: int) -> int | None:
         """The register at ``offset``, or None where none is readable."""
         s = self._s
-        if _Reg.ISR <= offset < _Reg.ESR:
-            bits = s.isr if offset < _Reg.TMR else s.tmr if offset < _Reg.IRR else s.irr
+        if Reg.ISR <= offset < Reg.ESR:
+            bits = s.isr if offset < Reg.TMR else s.tmr if offset < Reg.IRR else s.irr
             return bits >> (2 * (offset & 0x70)) & 0xFFFF_FFFF
-        if _Reg.LVTT <= offset <= _Reg.LVT_ERROR:
-            return s.lvt[(offset - _Reg.LVTT) >> 4]
+        if Reg.LVTT <= offset <= Reg.LVT_ERROR:
+            return s.lvt[(offset - Reg.LVTT) >> 4]
         match offset:
-            case _Reg.ID:
+            case Reg.ID:
                 return s.apic_id
-            case _Reg.VERSION:
+            case Reg.VERSION:
                 return 0x5_0014
-            case _Reg.TPR:
+            case Reg.TPR:
                 return s.tpr
-            case _Reg.PPR:
+            case Reg.PPR:
                 return self._ppr
-            case _Reg.LDR:
+            case Reg.LDR:
                 return s.ldr
-            case _Reg.DFR:
+            case Reg.DFR:
                 return s.dfr
-            case _Reg.SPIV:
+            case Reg.SPIV:
                 return s.spiv
-            case _Reg.ESR | 0x090:  # ESR and the arbitration priority
+            case Reg.ESR | 0x090:  # ESR and the arbitration priority
                 return 0
-            case _Reg.ICR:
+            case Reg.ICR:
                 return s.icr & 0xFFFF_FFFF
-            case _Reg.ICR2:
+            case Reg.ICR2:
                 return s.icr >> 32
-            case _Reg.TMICT:
+            case Reg.TMICT:
                 return s.timer.tmict
-            case _Reg.TMCCT:
+            case Reg.TMCCT:
                 return self.timer.read_tmcct(now)
-            case _Reg.TDCR:
+            case Reg.TDCR:
                 return s.timer.tdcr
         return None
 
     def _write(self, offset: int, value: int, now: int) -> LapicEffect | None:
         """Store 32 bits; None where nothing is writable. What only one of the modes has is filtered before."""
         s = self._s
-        if offset == _Reg.EOI:
+        if offset == Reg.EOI:
             return self.eoi()
-        if offset == _Reg.ICR:
+        if offset == Reg.ICR:
             low = value & ~0x1000
             s.icr = s.icr & 0xFFFF_FFFF_0000_0000 | low
             return LapicEffect(decode_icr(low, s.icr >> 56))
-        if _Reg.LVTT <= offset <= _Reg.LVT_ERROR:
-            return self._write_lvt(Lvt((offset - _Reg.LVTT) >> 4), value)
+        if Reg.LVTT <= offset <= Reg.LVT_ERROR:
+            return self._write_lvt(Lvt((offset - Reg.LVTT) >> 4), value)
         match offset:
-            case _Reg.TMICT:
+            case Reg.TMICT:
                 self.timer.write_tmict(value, now)
                 return _TIMER
-            case _Reg.ICR2:
+            case Reg.ICR2:
                 s.icr = s.icr & 0xFFFF_FFFF | (value & 0xFF00_0000) << 32
-            case _Reg.TDCR:
+            case Reg.TDCR:
                 self.timer.write_tdcr(value, now)
                 return _TIMER
-            case _Reg.TPR:
+            case Reg.TPR:
                 return self.write_tpr(value)
-            case _Reg.ID:
+            case Reg.ID:
                 return self._changes_map("apic_id", value & 0xFF00_0000)
-            case _Reg.LDR:
+            case Reg.LDR:
                 return self._changes_map("ldr", value & 0xFF00_0000)
-            case _Reg.DFR:
+            case Reg.DFR:
                 return self._changes_map("dfr", value | 0x0FFF_FFFF)
-            case _Reg.SPIV:
+            case Reg.SPIV:
                 return self._write_spiv(value & 0x3FF)
-            case _Reg.ESR:
+            case Reg.ESR:
                 pass
             case _:
                 return None
@@ -622,14 +538,14 @@ class Lapic:
         changed = (s.spiv ^ value) & _SW_ENABLE
         s.spiv = value
         if not value & _SW_ENABLE:
-            s.lvt = tuple(entry | _MASKED for entry in s.lvt)
+            s.lvt = tuple(entry | LVT_MASKED for entry in s.lvt)
             self.timer.drop_pending()
         self._decode()
         return _MAP if changed else _NOTHING
 
     def _write_lvt(self, which: Lvt, value: int) -> LapicEffect:
         if not self._s.spiv & _SW_ENABLE:
-            value |= _MASKED
+            value |= LVT_MASKED
         value &= self._lvt_writable(which)
         self._set_lvt(which, value)
         if which is not Lvt.TIMER:
@@ -638,7 +554,7 @@ class Lapic:
         return _TIMER
 
     def _lvt_writable(self, which: int) -> int:
-        return _LVT_WRITABLE[which] | (0 if which else self._timer_mask)
+        return LVT_WRITABLE[which] | (0 if which else self._timer_mask)
 
     def _set_lvt(self, which: Lvt, value: int) -> None:
         lvt = self._s.lvt
@@ -658,7 +574,7 @@ class Lapic:
     def _decode(self) -> None:
         """Refresh what the hot paths keep decoded."""
         s = self._s
-        self._hw = s.base & _BASE_EN != 0
-        self._x2apic = s.base & (_BASE_EN | _BASE_EXTD) == _BASE_EN | _BASE_EXTD
+        self._hw = s.base & BaseMsr.EN != 0
+        self._x2apic = s.base & (BaseMsr.EN | BaseMsr.EXTD) == BaseMsr.EN | BaseMsr.EXTD
         self._enabled = self._hw and s.spiv & _SW_ENABLE != 0
         self._update_ppr()
