@@ -19,7 +19,7 @@ from aiovm.sinks.chrome import ChromeJsonSink
 from aiovm.trace import JsonLinesSink
 
 if TYPE_CHECKING:
-    from aiovm.trace import Sink
+    from aiovm.trace import Sink, Tracer
 
 __all__ = ["ChromeJsonSink", "open_sink", "open_sinks"]
 
@@ -41,8 +41,8 @@ def open_sink(path: str | Path) -> Sink:
     raise ConfigError(f"trace {str(path)!r}: a trace file ends in .pftrace, .json or .jsonl")
 
 
-def open_sinks(paths: str) -> list[Sink]:
-    """A sink for each of the comma-separated ``paths``; all of them or none."""
+def open_sinks(tracer: Tracer, paths: str) -> None:
+    """Give ``tracer`` a sink for each of the comma-separated ``paths``; all of them or none."""
     with ExitStack() as opened:
         sinks = []
         for path in paths.split(","):
@@ -50,7 +50,8 @@ def open_sinks(paths: str) -> list[Sink]:
             opened.callback(sink.close)
             sinks.append(sink)
         opened.pop_all()
-    return sinks
+    for sink in sinks:
+        tracer.add(sink)
 
 
 def _open_perfetto(path: str | Path) -> Sink:

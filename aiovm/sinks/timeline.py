@@ -91,10 +91,6 @@ class Timeline:
 
     def __init__(self, canvas: Canvas) -> None:
         self._canvas = canvas
-        self._title = ""
-        self._begin()
-
-    def _begin(self) -> None:
         self._pcpus: dict[int, _Lane] = {}
         self._vcpus: dict[int, _Lane] = {}
         self._locks: dict[int, _Lane] = {}
@@ -102,17 +98,11 @@ class Timeline:
         self._halted: dict[int, bool] = {}
         self._last = 0
 
-    def section(self, title: str) -> None:
-        """Another run begins, at time 0 again: new tracks, in groups that ``title`` names."""
-        self.finish()
-        self._title = f"{title}: "
-
     def finish(self) -> None:
         """The run is over: draw what is still open."""
         for lanes in (self._pcpus, self._vcpus, self._locks):
             for lane in lanes.values():
                 lane.change(self._last)
-        self._begin()
 
     def feed(self, record: Record) -> None:
         """Draw one record."""
@@ -171,7 +161,7 @@ class Timeline:
     def _lane(self, lanes: dict[int, _Lane], index: int, group: str, name: str, rank: int) -> _Lane:
         lane = lanes.get(index)
         if lane is None:
-            lane = lanes[index] = _Lane(self._canvas, self._canvas.track(self._title + group, name, rank))
+            lane = lanes[index] = _Lane(self._canvas, self._canvas.track(group, name, rank))
         return lane
 
 
@@ -193,10 +183,6 @@ class TimelineSink:
         feed = self._timeline.feed
         for record in unpack(batch):
             feed(record)
-
-    def section(self, title: str) -> None:
-        """Another run begins, at time 0 again; flush the tracer first."""
-        self._timeline.section(title)
 
     def close(self) -> None:
         self._timeline.finish()

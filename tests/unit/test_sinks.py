@@ -51,10 +51,8 @@ def test_a_file_that_cannot_be_written_is_a_clear_message(tmp_path):
 
 
 def test_several(tmp_path):
-    sinks = open_sinks(f"{tmp_path}/a.json, {tmp_path}/b.jsonl")
     tracer = Tracer()
-    for sink in sinks:
-        tracer.add(sink)
+    open_sinks(tracer, f"{tmp_path}/a.json, {tmp_path}/b.jsonl")
     tracer.emit(7, Kind.KICK, -1, 2, 1)
     tracer.close()
     assert json.loads((tmp_path / "b.jsonl").read_text()) == {
@@ -68,7 +66,9 @@ def test_several(tmp_path):
 
 
 def test_all_or_none(tmp_path):
-    with pytest.raises(ConfigError):
-        open_sinks(f"{tmp_path}/a.json,b.bad")
+    tracer = Tracer()
+    with pytest.raises(ConfigError, match="bad"):
+        open_sinks(tracer, f"{tmp_path}/a.json,b.bad")
+    assert not tracer.on
     # Closed again, hence complete.
     assert json.loads((tmp_path / "a.json").read_text())["traceEvents"] == []

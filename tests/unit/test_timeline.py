@@ -192,18 +192,14 @@ def test_what_is_open_ends_with_the_last_record():
     assert states(paper, "vCPU 3 lock") == [("holding lock 0", 0, 500)]
 
 
-def test_a_section_starts_new_tracks_at_time_zero():
+def test_a_sink_draws_batches_and_closes_its_canvas():
     paper = Paper()
-    sink = TimelineSink(paper)
     tracer = Tracer()
-    tracer.add(sink)
+    tracer.add(TimelineSink(paper))
     tracer.emit(0, Kind.SCHED_IN, 3, 0, 0)
-    tracer.emit(900, Kind.SCHED_OUT, 3, 0, 0)
     tracer.flush()
-    sink.section("ticket 8:2")
-    tracer.emit(0, Kind.SCHED_IN, 3, 0, 0)
-    tracer.emit(700, Kind.SCHED_OUT, 3, 0, 0)
+    tracer.emit(900, Kind.SCHED_OUT, 3, 0, 0)
+    assert not paper.closed
     tracer.close()
-    assert states(paper) == [("running", 0, 900), ("running", 0, 700)]
-    assert [group for group, _ in paper.tracks[2:]] == ["ticket 8:2: physical CPUs", "ticket 8:2: vCPUs"]
+    assert states(paper) == [("running", 0, 900)]
     assert paper.closed
