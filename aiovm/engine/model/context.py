@@ -1,0 +1,488 @@
+"""Guests written as Python generators: a vCPU that computes, spins, halts and calls without instructions.
+
+A guest program is a generator function of its CPU (:class:`ModelContext`). What it yields takes time:
+
+    yield 20_000                           compute for 20 us
+    got = yield cpu.spin(cell, 0, 512)     a PAUSE loop until the cell is 0, 512 turns at most; whether it became so
+    yield cpu.halt()                       HLT
+    yield cpu.kick(3)                      the hypercalls KICK_CPU, SCHED_YIELD; an IPI; a timer
+
+Code between two yields takes no time and is never interrupted: a read-modify-write needs nothing else.
+
+Rules:
+
+* Code runs at the loop's time. A slice is a wait (``Machine.runs_ahead`` is false): :meth:`enter` goes on with the
+  operation, whose end is armed on the clock, and the chain of operations is stepped by the clock's callbacks. The vCPU
+  coroutine is woken only when the slice ends: by an exit, or by a kick, which cuts the operation short.
+* A cut operation goes on where it was: compute time is exact to the nanosecond, a spin loop's PAUSE-loop window and
+  phase begin anew, as at a VM entry.
+* An interrupt pushes the running program; its handler is another generator, with IF clear until it ends.
+
+Modelled: CPL (user code is ``cpu.user``), RFLAGS.IF, the interrupt window, PAUSE-loop exits at CPL 0, costs of exits.
+Not modelled: registers and memory other than cells; INIT and SIPI, so model vCPUs are runnable from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+from aiovm.clock import FOREVER, Alarm
+from aiovm.errors import StateError
+from aiovm.exits import Exit, Hlt, Interrupted, PauseLoop, SystemEvent
+
+if TYPE_CHECKING:
+    import random
+
+    from aiovm.clock import Timer, VirtualClock
+    from aiovm.costs import Costs
+    from aiovm.engine.base import CpuState, GuestPort
+    from aiovm.engine.model.cell import Cell
+
+__all__ = ["ModelContext", "ModelEngine", "ModelPort", "Op", "Program"]
+
+_IF = 0x200
+_INTERRUPTED = Interrupted()
+_PAUSE_LOOP = PauseLoop(kernel_mode=True)
+_HLT_ON, _HLT_OFF = Hlt(interrupts_enabled=True), Hlt(interrupts_enabled=False)
+_DONE = SystemEvent("done")
+
+#: ns of code in one turn of a spin loop beside its PAUSE: 16 bytes in the lock guests' ticket loop (guests/locks.elf).
+_TURN_BYTES = 16
+
+#: Starts an operation and says how long it takes (ns); one that spins or leaves sets the context's state itself.
+Op = Callable[["ModelContext"], int]
+Program = Generator[int | Op, Any, None]
+
+# What a context is doing: its program's next step is due; an operation takes its time; a spin loop; an exit's cost.
+_READY, _COMPUTE, _SPIN, _EXITING = range(4)
+
+
+class ModelPort(Protocol):
+    """What a model guest's CPU asks of its vCPU: hypercalls and APIC as calls. At the loop's time."""
+
+    def on_kick(self, index: int) -> None: ...
+    def on_sched_yield(self, index: int) -> None: ...
+    def on_ipi(self, index: int, vector: int) -> None: ...
+    def on_timer(self, deadline: int, vector: int) -> None: ...
+    def on_irq_window(self) -> None: ...
+    def on_iret(self) -> None: ...
+    def must_leave(self) -> bool:
+        """Whether the host wants the CPU back, so that the slice must end after this operation."""
+
+
+class _Registers:
+    """The registers that a model CPU has. ``rip`` counts operations."""
+
+    __slots__ = ("cpl", "interrupt_shadow", "rflags", "rip")
+
+    def __init__(self) -> None:
+        self.rip = 0
+        self.rflags = 2
+        self.cpl = 0
+        self.interrupt_shadow = False
+
+
+class _Frame(NamedTuple):
+    """A program that an interrupt pushed aside."""
+
+    program: Program
+    doing: int
+    left: int
+    value: object
+    cell: Cell | None
+    wanted: int
+    cpl: int
+
+
+class ModelContext:
+    """One model CPU: what a guest program sees, and what the vCPU runs."""
+
+    __slots__ = (
+        "_after",
+        "_begun",
+        "_cell",
+        "_clock",
+        "_doing",
+        "_end",
+        "_entering",
+        "_exit",
+        "_exit_ns",
+        "_frames",
+        "_irq_window",
+        "_left",
+        "_port",
+        "_program",
+        "_registers",
+        "_timer",
+        "_turn_ns",
+        "_value",
+        "alarm",
+        "index",
+        "lock_state",
+        "ple_window",
+        "random",
+        "spin_ns",
+        "wanted",
+    )
+
+    def __init__(self, index: int, port: ModelPort, clock: VirtualClock, costs: Costs) -> None:
+        self.index = index
+        #: Rings when a slice ends that :meth:`enter` left running.
+        self.alarm = Alarm(clock)
+        #: ns; below 0 pause-loop exiting is off.
+        self.ple_window = -1
+        #: 0 outside, 1 waiting for a lock, 2 holding one: what the lock guests publish to their host.
+        self.lock_state = 0
+        #: ns spent in spin loops, see :meth:`settle`.
+        self.spin_ns = 0
+        #: The value that the spin loop waits for.
+        self.wanted = 0
+        #: This CPU's random numbers.
+        self.random: random.Random
+        self._port = port
+        self._clock = clock
+        self._exit_ns = costs.exit_ns
+        self._turn_ns = costs.pause_ns + (_TURN_BYTES * costs.code_rate >> 8)
+        self._registers = _Registers()
+        self._program: Program
+        self._frames: list[_Frame] = []
+        self._value: object = None
+        self._doing = _READY
+        self._after = _READY
+        #: ns of the present operation still to come; for a spin loop its remaining turns.
+        self._left = 0
+        self._begun = 0
+        self._end = 0
+        self._cell: Cell | None = None
+        self._timer: Timer | None = None
+        self._exit: Exit | None = None
+        self._entering = False
+        self._irq_window = False
+
+    # ---- what a guest program may do -------------------------------------------------------------------------------
+
+    def now(self) -> int:
+        """The time, ns."""
+        return self._clock.now()
+
+    @property
+    def pauses(self) -> int:
+        """PAUSE instructions executed so far."""
+        return self.spin_ns // self._turn_ns
+
+    def user(self) -> None:
+        """From here on the program is at CPL 3, where pause loops do not exit."""
+        self._registers.cpl = 3
+
+    def kernel(self) -> None:
+        """From here on the program is at CPL 0."""
+        self._registers.cpl = 0
+
+    def spin(self, cell: Cell, wanted: int, turns: int = 0) -> Op:
+        """A PAUSE loop until ``cell`` holds ``wanted``, for at most ``turns`` turns (0: for ever). Yields whether."""
+        self._cell = cell
+        self.wanted = wanted
+        self._left = turns * self._turn_ns if turns else FOREVER
+        return _spin
+
+    def halt(self) -> Op:
+        """HLT, with IF as it stands."""
+        return _halt
+
+    def wait_for_interrupt(self) -> Op:
+        """STI; HLT. The shadow covers HLT: an interrupt that waits already ends it at once."""
+        return _sti_halt
+
+    def enable_interrupts(self) -> Op:
+        """STI."""
+        return _sti
+
+    def disable_interrupts(self) -> None:
+        """CLI."""
+        self._registers.rflags &= ~_IF
+
+    def kick(self, index: int) -> Op:
+        """KVM_HC_KICK_CPU."""
+        return lambda me: me._call(me._port.on_kick, index)
+
+    def sched_yield(self, index: int) -> Op:
+        """KVM_HC_SCHED_YIELD."""
+        return lambda me: me._call(me._port.on_sched_yield, index)
+
+    def send_ipi(self, index: int, vector: int) -> Op:
+        """An interrupt command: fixed, to one CPU."""
+        return lambda me: me._port.on_ipi(index, vector) or me._exit_ns
+
+    def arm_timer(self, deadline: int, vector: int) -> Op:
+        """The TSC deadline timer, to fire at ``deadline`` (ns)."""
+        return lambda me: me._port.on_timer(deadline, vector) or me._exit_ns
+
+    # ---- Context ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> CpuState:
+        """The registers that there are; nobody asks a model CPU for others."""
+        return cast("CpuState", self._registers)
+
+    def reset(self, *, init: bool) -> None:
+        """A model CPU gets no INIT, and power-on is how it is made."""
+
+    def flush_tlb(self) -> None:
+        """No TLB: what a flush costs is the program's business."""
+
+    def request_irq_window(self, wanted: bool) -> None:
+        self._irq_window = wanted
+
+    def run(self, limit: int) -> Exit:
+        """Not for a model CPU, whose slices are waited for: see :meth:`enter`."""
+        raise StateError("a model CPU does not run ahead; enter() it")
+
+    def start(self, program: Program, random: random.Random) -> None:
+        """Give the CPU its program."""
+        self._program = program
+        self.random = random
+
+    def interrupt(self, handler: Program) -> None:
+        """Deliver an interrupt: ``handler`` runs with IF clear, then the program goes on."""
+        registers = self._registers
+        self._frames.append(
+            _Frame(self._program, self._doing, self._left, self._value, self._cell, self.wanted, registers.cpl)
+        )
+        registers.rflags &= ~_IF
+        registers.cpl = 0
+        self._program, self._doing, self._value = handler, _READY, None
+
+    # ---- a slice ---------------------------------------------------------------------------------------------------
+
+    def enter(self) -> Exit | None:
+        """Go on until something leaves: the exit; or None, and :attr:`alarm` rings when :meth:`left` has it."""
+        self._exit = None
+        self._entering = True
+        self._go()
+        self._entering = False
+        return self._exit
+
+    def left(self) -> Exit:
+        """Why the slice ended."""
+        assert self._exit is not None
+        return self._exit
+
+    def interrupt_slice(self) -> None:
+        """Kick: the slice ends now, unless an exit is on its way already."""
+        if self._exit is None:
+            self.cut()
+            self._leave(_INTERRUPTED)
+
+    def cut(self) -> None:
+        """Stop the operation in its middle and keep what is left of it."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        if self._doing == _COMPUTE:
+            self._left = self._end - self._clock.now()
+        elif self._doing == _SPIN and self._cell is not None and self in self._cell.spinners:
+            self.settle()
+            self._cell.spinners.remove(self)
+            self._cell.notify()  # if this was the one to wake, it is another's turn
+
+    def settle(self) -> None:
+        """Bring :attr:`spin_ns` up to now, where the program spins."""
+        if self._doing == _SPIN and self._cell is not None and self in self._cell.spinners:
+            spun = self._clock.now() - self._begun
+            self.spin_ns += spun
+            if self._left != FOREVER:
+                self._left -= spun
+            self._begun += spun
+
+    def _leave(self, exit_: Exit) -> None:
+        self._exit = exit_
+        if not self._entering:
+            self.alarm.ring_at(self._clock.now())
+
+    def _go(self) -> None:
+        """Run program code at the loop's time, until time must pass or the slice ends."""
+        clock = self._clock
+        cells, try_advance = clock.cells, clock.try_advance
+        while True:
+            doing = self._doing
+            if doing == _READY:
+                value, self._value = self._value, None
+                try:
+                    op = self._program.send(value)
+                except StopIteration:
+                    if self._frames:
+                        self._return()
+                        continue
+                    self._leave(_DONE)
+                    return
+                self._registers.rip += 1
+                if op.__class__ is int:
+                    end = cells[0] + op
+                else:
+                    end = cells[0] + op(self)
+                    if self._doing != _READY:
+                        continue
+                if try_advance(end):
+                    continue
+                self._doing = _COMPUTE
+            elif doing == _SPIN:
+                if self._begin_spin():
+                    return
+                continue
+            else:
+                end = cells[0] + self._left
+                if try_advance(end):
+                    if doing == _EXITING:
+                        self._exited()
+                        return
+                    self._doing = _READY
+                    continue
+            self._end = end
+            self._timer = clock.call_at(end, self._expire)
+            return
+
+    def _expire(self) -> None:
+        """The clock's callback: the operation's end."""
+        self._timer = None
+        if self._doing == _COMPUTE:
+            self._doing = _READY
+            self._go()
+        elif self._doing == _SPIN:
+            self._spin_event()
+        else:
+            self._exited()
+
+    # ---- exits -----------------------------------------------------------------------------------------------------
+
+    def _begin_exit(self, exit_: Exit, after: int) -> None:
+        """The exit's own cost comes first, then the slice ends; afterwards the state is ``after``."""
+        self._exit = exit_
+        self._after = after
+        self._left = self._exit_ns
+        self._doing = _EXITING
+
+    def _exited(self) -> None:
+        self._doing = self._after
+        assert self._exit is not None
+        self._leave(self._exit)
+
+    def _call(self, hypercall: Callable[[int], None], index: int) -> int:
+        hypercall(index)
+        if self._port.must_leave():
+            self._begin_exit(_INTERRUPTED, _READY)
+        return self._exit_ns
+
+    def _return(self) -> None:
+        """IRET."""
+        frame = self._frames.pop()
+        self._program, self._doing, self._left, self._value, self._cell, self.wanted, self._registers.cpl = frame
+        self._registers.rflags |= _IF
+        self._port.on_iret()
+
+    # ---- spin loops ------------------------------------------------------------------------------------------------
+
+    def next_poll(self) -> int:
+        """When the loop next reads its cell, ns."""
+        begun, turn = self._begun, self._turn_ns
+        return begun - (begun - self._clock.now()) // turn * turn
+
+    def end_spin_at(self, at: int) -> None:
+        """The cell holds what the loop wants, and the loop will see it ``at`` (ns)."""
+        timer = self._timer
+        if timer is not None:
+            if timer.deadline <= at:
+                return
+            timer.cancel()
+        self._timer = self._clock.call_at(at, self._expire)
+
+    def _begin_spin(self) -> bool:
+        """Enter the loop; False when there is nothing to wait for."""
+        cell = self._cell
+        assert cell is not None
+        if cell.value == self.wanted:
+            self._value = True
+            self._doing = _READY
+            return False
+        now = self._clock.now()
+        self._begun = now
+        end = now + self._left
+        if 0 <= self.ple_window < self._left and self._registers.cpl == 0:
+            end = now + self.ple_window
+        self._end = end
+        cell.spinners.append(self)
+        if end < FOREVER:
+            self._timer = self._clock.call_at(end, self._expire)
+        return True
+
+    def _spin_event(self) -> None:
+        """A poll that the cell foresaw, or the loop's end."""
+        cell = self._cell
+        assert cell is not None
+        self.settle()
+        if cell.value == self.wanted or self._left <= 0:
+            cell.spinners.remove(self)
+            self._value = cell.value == self.wanted
+            self._doing = _READY
+            # Others wait for the same value: the next poller, before any time passes.
+            cell.notify()
+            self._go()
+        elif self._begun >= self._end:
+            cell.spinners.remove(self)
+            self._begin_exit(_PAUSE_LOOP, _SPIN)
+            self._go()
+        elif self._end < FOREVER:
+            self._timer = self._clock.call_at(self._end, self._expire)
+
+
+def _spin(me: ModelContext) -> int:
+    me._doing = _SPIN
+    return 0
+
+
+def _halt(me: ModelContext) -> int:
+    me._begin_exit(_HLT_ON if me._registers.rflags & _IF else _HLT_OFF, _READY)
+    return 0
+
+
+def _sti(me: ModelContext) -> int:
+    me._registers.rflags |= _IF
+    if me._irq_window:
+        me._port.on_irq_window()
+    return 0
+
+
+def _sti_halt(me: ModelContext) -> int:
+    me._registers.rflags |= _IF
+    if me._irq_window:
+        me._port.on_irq_window()
+    else:
+        _halt(me)
+    return 0
+
+
+class ModelEngine:
+    """One machine's model CPUs."""
+
+    def __init__(self, clock: VirtualClock, costs: Costs) -> None:
+        self._clock = clock
+        self._costs = costs
+        self.contexts: list[ModelContext] = []
+
+    def create_context(self, index: int, port: GuestPort) -> ModelContext:
+        """A CPU; ``port`` must also be a :class:`ModelPort`."""
+        context = ModelContext(index, cast("ModelPort", port), self._clock, self._costs)
+        self.contexts.append(context)
+        return context
+
+    def kick(self) -> None:
+        """End every running slice."""
+        for context in self.contexts:
+            context.interrupt_slice()
+
+    def leave(self, exit_: Exit) -> None:
+        """Model programs leave by their operations."""
+        raise StateError(f"a model guest cannot leave with {exit_}")
+
+    def close(self) -> None:
+        """Nothing to free."""

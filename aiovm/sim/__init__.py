@@ -1,0 +1,1 @@
+"""The laboratory: machines of model guests, scenarios, sweeps and the paper table."""
