@@ -5,11 +5,16 @@ Pieces, each without knowledge of a vCPU; what they need comes as arguments, wha
 * :mod:`~aiovm.paravirt.cpuid`: the leaves at 0x40000000, the feature and hint bits.
 * :mod:`~aiovm.paravirt.hypercalls`: numbers, the rules for all of them, PV IPI, sched yield.
 * :mod:`~aiovm.paravirt.steal`: steal time, the preempted byte, the PV TLB flush.
+* :mod:`~aiovm.paravirt.eoi`: ending an interrupt by clearing a bit.
+* :mod:`~aiovm.paravirt.async_pf`: asynchronous page faults.
+* :mod:`~aiovm.paravirt.msrs`: all of one vCPU's, behind their MSRs; the clock is :mod:`aiovm.pvclock`.
 """
 
 from __future__ import annotations
 
+from aiovm.paravirt.async_pf import ApfAction, ApfAnswer, ApfReady, AsyncPf, AsyncPfState
 from aiovm.paravirt.cpuid import DEFAULT_FEATURES, KvmFeature, KvmHint, kvm_cpuid_leaves
+from aiovm.paravirt.eoi import PvEoi, PvEoiState
 from aiovm.paravirt.hypercalls import (
     Hypercall,
     HypercallNumber,
@@ -18,14 +23,26 @@ from aiovm.paravirt.hypercalls import (
     decode_send_ipi,
     may_sched_yield,
 )
+from aiovm.paravirt.msrs import Paravirt, ParavirtState, PvEffect, PvMsr
 from aiovm.paravirt.steal import StealTime, StealTimeState
 
 __all__ = [
     "DEFAULT_FEATURES",
+    "ApfAction",
+    "ApfAnswer",
+    "ApfReady",
+    "AsyncPf",
+    "AsyncPfState",
     "Hypercall",
     "HypercallNumber",
     "KvmFeature",
     "KvmHint",
+    "Paravirt",
+    "ParavirtState",
+    "PvEffect",
+    "PvEoi",
+    "PvEoiState",
+    "PvMsr",
     "SendIpi",
     "StealTime",
     "StealTimeState",
