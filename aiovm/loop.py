@@ -173,7 +173,7 @@ class Host:
         self.machines: list[object] = []
         self.policy.attach(self.pcpus, self.random)
         self.policy.start(self)
-        self._slice_timer: list[int] = [0] * pcpus
+        self._slice_timers: list[Timer | None] = [None] * pcpus
         if isinstance(clock, VirtualClock):
             clock.lookahead = self.costs.quantum_ns
         if isinstance(loop, VirtualLoop):
@@ -188,6 +188,7 @@ class Host:
 
     def retire(self, thread: Thread) -> None:
         """Whatever ``thread`` is, it is BLOCKED afterwards: its coroutine ends."""
+        thread.alarm.disarm()
         if thread.state is ThreadState.RUNNING:
             self.block(thread)
         elif thread.state is ThreadState.READY:
@@ -207,6 +208,7 @@ class Host:
             return
         now = self.clock.now()
         pcpu = self.policy.select_pcpu(thread, now)
+        self.policy.woke(thread, pcpu, now)
         thread.state = ThreadState.READY
         thread.ready_since = now
         thread.pcpu_index = pcpu.index
@@ -226,17 +228,14 @@ class Host:
 
     def block(self, thread: Thread) -> None:
         """RUNNING -> BLOCKED: the thread waits for something; its CPU goes to the next."""
-        now = self.clock.now()
-        pcpu = self._take_off(thread, now, preempted=False)
-        thread.state = ThreadState.BLOCKED
+        pcpu, now = self._stop_accounting(thread)
+        self._take_off(thread, pcpu, now, ThreadState.BLOCKED, 0)
         self._fill(pcpu, now)
 
     def preempt(self, thread: Thread, *, yielded: bool = False) -> bool:
         """RUNNING -> READY when another thread should run; whether it came off. It then parks on its alarm."""
-        now = self.clock.now()
-        pcpu = self.pcpus[thread.pcpu_index]
+        pcpu, now = self._stop_accounting(thread)
         thread.resched = False
-        self._account(thread, pcpu, now)
         thread.ready_since = now
         self.policy.enqueue(thread, pcpu, Requeue.YIELDED if yielded else Requeue.PREEMPTED, now)
         following = self.policy.pick(pcpu, now)
@@ -244,11 +243,7 @@ class Host:
             thread.slice_end = now + self.policy.slice_of(thread, pcpu)
             self._arm_slice_end(pcpu, now)
             return False
-        pcpu.current = None
-        thread.state = ThreadState.READY
-        thread.notifier.sched_out(preempted=True, now=now)
-        if self.trace.on:
-            self.trace.emit(now, Kind.SCHED_OUT, thread.number, pcpu.index, 2 if yielded else 1)
+        self._take_off(thread, pcpu, now, ThreadState.READY, 2 if yielded else 1)
         if following is not None:
             self._dispatch(pcpu, following, now)
         return True
@@ -320,24 +315,28 @@ class Host:
         if following is not None:
             self._dispatch(pcpu, following, now)
 
-    def _take_off(self, thread: Thread, now: int, *, preempted: bool) -> Pcpu:
-        if thread.state is not ThreadState.RUNNING:
-            raise StateError(f"thread {thread.number} is {thread.state.value}, not running")
-        pcpu = self.pcpus[thread.pcpu_index]
-        self._account(thread, pcpu, now)
+    def _take_off(self, thread: Thread, pcpu: Pcpu, now: int, state: ThreadState, reason: int) -> None:
+        """``reason``: 0 it blocks, 1 it is preempted, 2 it yields."""
+        self._disarm_slice_end(pcpu)
         pcpu.current = None
         thread.resched = False
-        thread.notifier.sched_out(preempted=preempted, now=now)
+        thread.state = state
+        thread.notifier.sched_out(preempted=state is ThreadState.READY, now=now)
         if self.trace.on:
-            self.trace.emit(now, Kind.SCHED_OUT, thread.number, pcpu.index, 0)
-        return pcpu
+            self.trace.emit(now, Kind.SCHED_OUT, thread.number, pcpu.index, reason)
 
-    def _account(self, thread: Thread, pcpu: Pcpu, now: int) -> None:
+    def _stop_accounting(self, thread: Thread) -> tuple[Pcpu, int]:
+        """Charge what ``thread`` has run up to now; its CPU and the time."""
+        if thread.state is not ThreadState.RUNNING:
+            raise StateError(f"thread {thread.number} is {thread.state.value}, not running")
+        now = self.clock.now()
+        pcpu = self.pcpus[thread.pcpu_index]
         ran = now - thread.started
         thread.started = now
         thread.ran_ns += ran
         pcpu.busy_ns += ran
         self.policy.ran(thread, ran)
+        return pcpu, now
 
     def _resched(self, thread: Thread) -> None:
         thread.resched = True
@@ -348,13 +347,17 @@ class Host:
         thread = pcpu.current
         if thread is None or not pcpu.queue:
             return
+        self._disarm_slice_end(pcpu)
         at = max(thread.slice_end, now)
-        self._slice_timer[pcpu.index] += 1
-        ticket = self._slice_timer[pcpu.index]
-        self.clock.call_at(at, lambda: self._slice_expired(pcpu, thread, ticket))
+        self._slice_timers[pcpu.index] = self.clock.call_at(at, lambda: self._slice_expired(pcpu, thread))
 
-    def _slice_expired(self, pcpu: Pcpu, thread: Thread, ticket: int) -> None:
-        if ticket != self._slice_timer[pcpu.index] or pcpu.current is not thread or not pcpu.queue:
+    def _disarm_slice_end(self, pcpu: Pcpu) -> None:
+        timer = self._slice_timers[pcpu.index]
+        if timer is not None:
+            timer.cancel()
+
+    def _slice_expired(self, pcpu: Pcpu, thread: Thread) -> None:
+        if pcpu.current is not thread or not pcpu.queue:
             return
         now = self.clock.now()
         patience = self.policy.may_preempt(thread, now)

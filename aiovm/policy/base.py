@@ -111,6 +111,9 @@ class Policy:
     def added(self, thread: Thread) -> None:
         """``thread`` is new on the host; it does not run yet."""
 
+    def woke(self, thread: Thread, pcpu: Pcpu, now: int) -> None:
+        """``thread`` wakes and will be ``pcpu``'s, running or queued; ``thread.pcpu_index`` still names its last."""
+
     def enqueue(self, thread: Thread, pcpu: Pcpu, why: Requeue, now: int) -> None:
         """``thread`` is ready and belongs to ``pcpu``."""
         pcpu.queue.append(thread)

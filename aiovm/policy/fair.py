@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 from aiovm.policy.base import Policy, Requeue
 
 if TYPE_CHECKING:
+    import random
+    from collections.abc import Sequence
+
     from aiovm.policy.thread import Pcpu, Thread
 
 __all__ = ["Fair"]
@@ -48,17 +51,20 @@ class Fair(Policy):
         self._next: list[Thread | None] = []
         self._skip: list[Thread | None] = []
 
-    def attach(self, pcpus, random_):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    def attach(self, pcpus: Sequence[Pcpu], random_: random.Random) -> None:
         super().attach(pcpus, random_)
         self._floor = [0] * len(pcpus)
         self._next = [None] * len(pcpus)
         self._skip = [None] * len(pcpus)
 
+    def woke(self, thread: Thread, pcpu: Pcpu, now: int) -> None:
+        if thread.pcpu_index >= 0 and thread.pcpu_index != pcpu.index:
+            self._move(thread, self.pcpus[thread.pcpu_index], pcpu, now)
+        thread.vruntime = max(thread.vruntime, self._raise_floor(pcpu, now) - self.sleeper_credit)
+
     def enqueue(self, thread: Thread, pcpu: Pcpu, why: Requeue, now: int) -> None:
-        floor = self._raise_floor(pcpu)
-        if why is Requeue.WAKE:
-            thread.vruntime = max(thread.vruntime, floor - self.sleeper_credit)
-        elif why is Requeue.YIELDED:
+        self._raise_floor(pcpu, now)
+        if why is Requeue.YIELDED:
             self._skip[pcpu.index] = thread
         self._serial += 1
         thread.serial = self._serial
@@ -72,7 +78,7 @@ class Fair(Policy):
         at = pcpu.index
         queue = pcpu.queue
         if not queue:
-            return self._pull(pcpu)
+            return self._pull(pcpu, now)
         chosen = queue[0]
         if chosen is self._skip[at] and len(queue) > 1:
             chosen = queue[1]
@@ -89,13 +95,19 @@ class Fair(Policy):
     def yield_to(self, target: Thread, now: int) -> None:
         self._next[target.pcpu_index] = target
 
-    def _raise_floor(self, pcpu: Pcpu) -> int:
-        candidates = [t.vruntime for t in (pcpu.current, *pcpu.queue[:1]) if t is not None]
+    def _raise_floor(self, pcpu: Pcpu, now: int) -> int:
+        candidates = [t.vruntime for t in pcpu.queue[:1]]
+        if pcpu.current is not None:
+            candidates.append(pcpu.current.vruntime + now - pcpu.current.started)
         if candidates:
             self._floor[pcpu.index] = max(self._floor[pcpu.index], min(candidates))
         return self._floor[pcpu.index]
 
-    def _pull(self, pcpu: Pcpu) -> Thread | None:
+    def _move(self, thread: Thread, source: Pcpu, target: Pcpu, now: int) -> None:
+        """A queue's runtimes mean something only relative to its floor."""
+        thread.vruntime += self._raise_floor(target, now) - self._raise_floor(source, now)
+
+    def _pull(self, pcpu: Pcpu, now: int) -> Thread | None:
         """New-idle balancing: take the thread that waits longest on the longest queue."""
         busiest = max(self.pcpus, key=lambda p: (len(p.queue), -p.index))
         if not busiest.queue:
@@ -104,6 +116,5 @@ class Fair(Policy):
         busiest.queue.remove(thread)
         if self._next[busiest.index] is thread:
             self._next[busiest.index] = None
-        # A queue's runtimes mean something only relative to its floor.
-        thread.vruntime += self._raise_floor(pcpu) - self._raise_floor(busiest)
+        self._move(thread, busiest, pcpu, now)
         return thread
