@@ -130,7 +130,8 @@ class Paravirt:
                 return self.poll_control
             case PvMsr.ASYNC_PF_INT:
                 return self.apf.read_int()
-        return 0  # ASYNC_PF_ACK
+            case _:  # ASYNC_PF_ACK
+                return 0
 
     def write_msr(self, index: int, value: int, *, host_initiated: bool = False) -> PvEffect | None:
         """WRMSR; None is #GP."""
@@ -160,7 +161,7 @@ class Paravirt:
                 self.poll_control = value
             case PvMsr.ASYNC_PF_INT:
                 return _NOTHING if self.apf.write_int(value) else None
-            case PvMsr.ASYNC_PF_ACK:
+            case _:  # ASYNC_PF_ACK
                 self.apf.write_ack(value)
                 return _APF if value & 1 else _NOTHING
         return _NOTHING
