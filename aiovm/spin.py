@@ -104,11 +104,16 @@ class SpinCandidate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SpinOptions:
-    """Which filters are on. Both: 6.16. Eligibility alone: 4.6, and since 2012. None: the plain scan of 2011."""
+    """What the choice looks at. All on: 6.16. Off for history's sake: the comments name when each came."""
 
+    #: Yield to somebody at all (2.6.39, 2011); else the exit has no consequence.
+    directed: bool = True
+    #: 3.7, 2012.
     eligibility_filter: bool = True
-    #: VMX's handler asks for it always, as PAUSE-loop exits happen at CPL 0 only.
+    #: VMX's handler asks for it always, as PAUSE-loop exits happen at CPL 0 only (4.14, 2017).
     kernel_mode_filter: bool = True
+    #: Who was merely woken, to take an interrupt, is a candidate too (5.4, 2019); else only who was preempted.
+    boost_woken: bool = True
 
 
 class SpinOutcome(NamedTuple):
@@ -145,7 +150,7 @@ def on_spin(
     there is nothing to gain. A ``target`` that is not -1 is the new ``last_boosted``.
     """
     count = len(vcpus)
-    if count < 2:
+    if count < 2 or not options.directed:
         return _NOBODY
     spinner = vcpus[me]
     spinner.in_spin_loop = True
@@ -156,7 +161,8 @@ def on_spin(
             continue
         vcpu = vcpus[index]
         probes += 1
-        if not vcpu.ready or (vcpu.blocking and not vcpu.dy_runnable()):
+        wants_cpu = vcpu.ready if options.boost_woken else vcpu.preempted
+        if not wants_cpu or (vcpu.blocking and not vcpu.dy_runnable()):
             continue
         # Who was merely woken is taken as in the kernel; so is who has an interrupt waiting, for the spinner may wait
         # for the answer to an IPI.

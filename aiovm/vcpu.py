@@ -323,7 +323,7 @@ class Vcpu:
                 return Interrupted()
             if thread.resched and host.preempt(thread, yielded=self._yielded):
                 await thread.alarm
-            self._yielded = False
+            self._yielded = self.in_spin_loop = self.dy_eligible = False
 
     def _service_requests(self) -> Exit | None:
         """``vcpu_enter_guest``'s first part, in 6.16's order; an exit when one of them leaves."""
@@ -388,6 +388,8 @@ class Vcpu:
         if outcome.target >= 0:
             vm.last_boosted_vcpu = outcome.target
             self.stat.directed_yield_successful += 1
+            # KVM's yield sleeps inside the handler: for its siblings this vCPU spins until it has a CPU again.
+            self.in_spin_loop = True
 
     def _yield_to(self, index: int) -> int:
         """``kvm_vcpu_yield_to``: 1 done, 0 no use, -1 nobody else is ready."""

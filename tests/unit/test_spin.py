@@ -180,3 +180,20 @@ def test_filters_can_be_off():
     assert on_spin([V(), spinning], 0, 0, Host(), SpinOptions(eligibility_filter=False)).target == 1
     assert not spinning.dy_eligible
     assert on_spin([V(), in_user], 0, 0, Host(), SpinOptions(kernel_mode_filter=False)).target == 1
+
+
+# ---- history ---------------------------------------------------------------------------------------------------
+
+
+def test_before_2011_a_spinner_yields_to_nobody():
+    host = Host()
+    vcpus = [V(), V(), V()]
+    outcome = on_spin(vcpus, 0, 0, host, SpinOptions(directed=False))
+    assert (outcome.target, outcome.tries, outcome.probes) == (-1, 0, 0)
+    assert host.asked == []
+
+
+def test_before_2019_a_woken_vcpu_was_no_candidate():
+    woken = V(preempted=False, interrupt=True)
+    assert on_spin([V(), woken], 0, 0, Host(), SpinOptions(boost_woken=False)).target == -1
+    assert on_spin([V(), woken], 0, 0, Host(), SpinOptions()).target == 1
