@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.events import EventKind, combine
-from aiovm.mmu import PagingRegs, is_canonical
+from aiovm.page_walk import PagingRegs, is_canonical
 from aiovm.segmentation import (
     Fault,
     load_descriptor,

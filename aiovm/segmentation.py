@@ -13,12 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiovm.engine.base import Seg, Segment
-from aiovm.mmu import Access, PageFault, read_virt_u, walk, write_virt
+from aiovm.mmu import read_virt_u, write_virt
+from aiovm.page_walk import Access, PageFault, walk
 
 if TYPE_CHECKING:
     from aiovm.engine.base import CpuState
     from aiovm.memory import GuestMemory
-    from aiovm.mmu import PagingRegs
+    from aiovm.page_walk import PagingRegs
 
 __all__ = [
     "Fault",

@@ -21,7 +21,8 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Reg, Seg, Segment
-from aiovm.mmu import Access, IoNeeded, PageFault, PagingRegs, load_pdptrs, read_virt
+from aiovm.mmu import IoNeeded, read_virt
+from aiovm.page_walk import Access, PageFault, PagingRegs, load_pdptrs
 from aiovm.segmentation import (
     Fault,
     load_descriptor,

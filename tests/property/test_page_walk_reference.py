@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiovm.memory import GuestMemory
-from aiovm.mmu import PageFault, PagingRegs, Translation, walk
+from aiovm.page_walk import PageFault, PagingRegs, Translation, walk
 
 PAGES = 16  # tables and data live in the first 16 pages; page 15 is a hole
 SIZE = 15 * 4096
