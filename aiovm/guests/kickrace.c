@@ -1,9 +1,10 @@
 /*
  * HLT against the kick: two CPUs play ping-pong and both sleep while they wait, with interrupts off, so that only
  * the kick hypercall can wake them. Random delays put the kick before the waiter's test, between its test and its
- * HLT, and after its HLT. Each round's kick is needed: a lost one leaves both asleep for ever.
+ * HLT, and after its HLT; for a kick before the test, jitter must exceed the time that a wake-up takes. A lost kick
+ * leaves both asleep for ever.
  *
- * Options: rounds=100000  jitter=2000 (each delay is uniform below this, ns)  seed=1  tsc_khz (lib.h)
+ * Options: rounds=100000  jitter=5000 (each delay is uniform below this, ns)  seed=1  tsc_khz (lib.h)
  */
 #include "lib.h"
 
@@ -30,6 +31,7 @@ static void await_round(u32 cpu, u64 round)
 {
     u64 slept = 0;
 
+    pause_a_while(&side[cpu].random);
     while (__atomic_load_n(&side[cpu].round, __ATOMIC_ACQUIRE) < round) {
         side[cpu].spurious += slept != 0;
         pause_a_while(&side[cpu].random);       /* the gap that a kick may fall into */
@@ -65,7 +67,7 @@ u32 guest_main(void)
     u64 seed = option("seed", 1);
 
     rounds = option("rounds", 100000);
-    jitter = option("jitter", 2000);
+    jitter = option("jitter", 5000);
     options_end();
     if (!has_pv_unhalt())
         refuse("this machine has no KVM_FEATURE_PV_UNHALT", "");
