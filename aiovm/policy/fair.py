@@ -63,7 +63,6 @@ class Fair(Policy):
         thread.vruntime = max(thread.vruntime, self._raise_floor(pcpu, now) - self.sleeper_credit)
 
     def enqueue(self, thread: Thread, pcpu: Pcpu, why: Requeue, now: int) -> None:
-        self._raise_floor(pcpu, now)
         if why is Requeue.YIELDED:
             self._skip[pcpu.index] = thread
         self._serial += 1
@@ -91,6 +90,7 @@ class Fair(Policy):
 
     def ran(self, thread: Thread, ns: int) -> None:
         thread.vruntime += ns
+        self._raise_floor(self.pcpus[thread.pcpu_index], thread.started)
 
     def yield_to(self, target: Thread, now: int) -> None:
         self._next[target.pcpu_index] = target
