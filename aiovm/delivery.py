@@ -338,11 +338,11 @@ def _deliver_long(
             return found
         rsp = found
     target = gate & 0xFFFF | gate >> 32 & 0xFFFF_FFFF_FFFF_0000
-    old_cs, old_ss = cpu.segment(Seg.CS).selector, cpu.segment(Seg.SS).selector
+    old_cs, old_ss = cpu.segment(Seg.CS), cpu.segment(Seg.SS).selector
     if error_code is None:
-        data = _FRAME.pack(rip, old_cs, rflags, old_rsp, old_ss)
+        data = _FRAME.pack(rip, old_cs.selector, rflags, old_rsp, old_ss)
     else:
-        data = _FRAME_WITH_ERROR.pack(error_code, rip, old_cs, rflags, old_rsp, old_ss)
+        data = _FRAME_WITH_ERROR.pack(error_code, rip, old_cs.selector, rflags, old_rsp, old_ss)
     top = rsp & ~0xF
     rsp = top - len(data) & _M64
     if not is_canonical(rsp) or not is_canonical(top - 1 & _M64):
@@ -357,7 +357,9 @@ def _deliver_long(
     cpu.rflags = rflags if type_ & 1 else rflags & ~_IF
     cpu.gpr[Reg.RSP] = rsp
     cpu.rip = target
-    cpu.set_segment(Seg.CS, segment_of(selector & 0xFFFC | (dpl if inner else cpl), descriptor))
+    cs = segment_of(selector & 0xFFFC | (dpl if inner else cpl), descriptor)
+    if cs != old_cs:  # kernel to kernel: a load is dear, and changes nothing
+        cpu.set_segment(Seg.CS, cs)
     if inner:
         cpu.set_segment(Seg.SS, Segment(dpl, 0, 0, dpl << 13))
         cpu.cpl = dpl
