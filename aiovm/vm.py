@@ -136,7 +136,9 @@ class Vm:
         self.ram_size = memory
         self.ports = Bus("port", 16)
         self.mmio = Bus("MMIO", 52)
-        self.serial = Uart16550(IrqLine(), console)
+        self._console = console
+        self.serial = Uart16550(IrqLine(), self._put, on_room=self._type)
+        self._typed = bytearray()
         self.ports.register(_COM1, 8, self.serial)
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
 
@@ -244,6 +246,23 @@ class Vm:
         if self._worker is not None:
             self._worker.shutdown()
         self.engine.close()
+
+    def _put(self, byte: int) -> bool:
+        """The serial port sends; the console takes everything at once."""
+        if self._console is not None:
+            self._console(bytes((byte,)))
+        return True
+
+    def feed_console(self, data: bytes) -> None:
+        """Input for the first serial port, as much as its FIFO takes now, the rest as the guest reads."""
+        self._typed.extend(data)
+        self.call_at(self.clock.now(), self._type)
+
+    def _type(self) -> None:
+        room = self.serial.room
+        if room and self._typed:
+            taken = self.serial.feed(bytes(self._typed[:room]), self.clock.now())
+            del self._typed[:taken]
 
     # ---- time --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,53 @@
+# Two commands from a fresh clone with only Python: make demo, make test.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_JOBS ?= auto
+
+.PHONY: demo test check lint format types bench guests-elf clean help
+
+help:
+	@echo "make demo    install, and compare spinlocks on 8 vCPUs over 8, 4 and 2 physical CPUs"
+	@echo "make test    install, and run all tests"
+	@echo "make check   format, lint, types and tests: before each push"
+	@echo "make bench   this project beside bare Unicorn, QEMU and SimPy, as ratios"
+
+$(STAMP): pyproject.toml setup.py aiovm/engine/unicorn/_budget.c
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[plot,trace,test,lint]"
+	touch $@
+
+demo: $(STAMP)
+	@mkdir -p out
+	$(BIN)/aiovm locks --vcpus 8 --pcpus 8,4,2 --no-ple --duration 100ms --plot out/locks.png --json out/locks.json
+	@echo "picture: out/locks.png   rows: out/locks.json"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n $(PYTEST_JOBS) -q
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+# All checks run, all failures are listed.
+check: $(STAMP)
+	@status=0; for step in lint types test; do $(MAKE) --no-print-directory $$step || status=1; done; exit $$status
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m benchmarks
+
+guests-elf:
+	$(MAKE) -C aiovm/guests
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

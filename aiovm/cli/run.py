@@ -1,0 +1,164 @@
+"""``aiovm run``: one guest, from its image to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import msgspec
+import typer
+
+from aiovm.errors import AiovmError, ConfigError, TimeoutExpired
+from aiovm.loaders import read_modules
+from aiovm.loop import Host, run, run_wall
+from aiovm.policy import by_name
+from aiovm.sinks import open_sinks
+from aiovm.trace import HashSink, Tracer
+from aiovm.units import parse_duration, parse_size
+from aiovm.vm import Outcome, Vm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["register"]
+
+
+class ClockName(StrEnum):
+    """Which clock a guest lives by."""
+
+    VIRTUAL = "virtual"
+    WALL = "wall"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command(name="run")(run_command)
+
+
+def run_command(
+    image: Annotated[Path, typer.Argument(help="The guest: Multiboot, ELF (32 or 64 bit), or a flat binary.")],
+    vcpus: Annotated[int, typer.Option(help="Virtual CPUs, 1 to 255.")] = 1,
+    pcpus: Annotated[int | None, typer.Option(help="Physical CPUs they share. [default: as many as vCPUs]")] = None,
+    memory: Annotated[str, typer.Option(help="Guest memory, as in 64M or 1G.")] = "64M",
+    append: Annotated[str, typer.Option(help="The guest's command line.")] = "",
+    initrd: Annotated[str, typer.Option(help="Modules: 'FILE arguments,FILE2'.")] = "",
+    clock: Annotated[ClockName, typer.Option(help="virtual: repeatable to the byte. wall: real time.")] = ClockName.VIRTUAL,
+    policy: Annotated[str, typer.Option(help="Scheduling policy, or module:Class of your own.")] = "fair",
+    slice_: Annotated[str, typer.Option("--slice", help="How long a vCPU may run while others wait.")] = "6ms",
+    seed: Annotated[int, typer.Option(help="Of every random choice on the host.")] = 0,
+    ple: Annotated[bool, typer.Option(help="Pause-loop exiting.")] = True,
+    console: Annotated[str, typer.Option(help="Where serial output goes: stdio, null or file:PATH.")] = "stdio",
+    timeout: Annotated[str | None, typer.Option(help="Give up after this time on the chosen clock, as in 10s.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result and statistics here.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Record to .pftrace (Perfetto), .json (Chrome) or .jsonl.")] = None,
+) -> None:
+    """Run a guest until it ends.
+
+    The process status is the guest's: 0 for power-off, (value << 1) | 1 for a write to the debug-exit port 0xF4,
+    64 triple fault, 66 unhandled exit, 68 stall (everything waits for ever), 70 time-out, 2 bad input.
+
+    Example: aiovm run guest.elf --vcpus 4 --pcpus 2 --append "verbose=1"
+    """
+    limit = None if timeout is None else parse_duration(timeout)
+    try:
+        data = image.read_bytes()
+        modules = read_modules(initrd)
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+    if not data:
+        raise ConfigError(f"{image}: the image is empty")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"bad seed {seed}: 64 bits at most")
+    tracer = Tracer()
+    digest = HashSink()
+    if json is not None:
+        tracer.add(digest)
+    if trace is not None:
+        open_sinks(tracer, trace)
+    out, close = _console(console)
+
+    async def main() -> tuple[Outcome, dict[str, object]]:
+        host = Host(
+            vcpus if pcpus is None else pcpus,
+            policy=by_name(policy, slice_ns=parse_duration(slice_)),
+            seed=seed,
+            trace=tracer,
+        )
+        async with Vm(host, vcpus=vcpus, memory=parse_size(memory), ple=ple, console=out) as vm:
+            vm.load(data, name=image.name, cmdline=append, modules=modules)
+            if clock is ClockName.WALL:
+                _feed_stdin(vm, console)
+            task = asyncio.ensure_future(vm.run())
+            if limit is not None:
+                host.clock.call_at(limit, task.cancel)
+            try:
+                outcome = await task
+            except asyncio.CancelledError:
+                if limit is not None and host.clock.now() >= limit:
+                    raise TimeoutExpired(f"the guest is not done after {timeout}: {vm.describe()}") from None
+                raise
+            return outcome, _statistics(vm, host)
+
+    try:
+        outcome, statistics = run_wall(main()) if clock is ClockName.WALL else run(main())
+    finally:
+        tracer.close()
+        close()
+    if json is not None:
+        report = {"reason": outcome.reason, "status": outcome.status, "now_ns": outcome.now, **statistics}
+        report["trace_hash"] = digest.hexdigest()
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    raise typer.Exit(outcome.status & 0xFF)
+
+
+def _console(where: str) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    if where == "null":
+        return (lambda _: None), (lambda: None)
+    if where == "stdio":
+        stream: BinaryIO = sys.stdout.buffer
+
+        def write(data: bytes) -> None:
+            stream.write(data)
+            if data.endswith(b"\n") or len(data) > 1:
+                stream.flush()
+
+        return write, stream.flush
+    kind, _, path = where.partition(":")
+    if kind != "file" or not path:
+        raise ConfigError(f"bad console {where!r}: stdio, null or file:PATH")
+    try:
+        file = open(path, "wb")  # noqa: SIM115  (closed by the caller's close())
+    except OSError as error:
+        raise ConfigError(f"cannot write console file {path}: {error.strerror}") from error
+    return (lambda data: (file.write(data), None)[1]), file.close
+
+
+def _feed_stdin(vm: Vm, console: str) -> None:
+    """On the wall clock, what comes in on standard input goes to the serial port."""
+    if console != "stdio":
+        return
+    loop = asyncio.get_running_loop()
+
+    def readable() -> None:
+        data = os.read(0, 4096)
+        if data:
+            vm.feed_console(data)
+        else:
+            loop.remove_reader(0)
+
+    try:
+        loop.add_reader(0, readable)
+    except (OSError, PermissionError, AiovmError):
+        return  # a regular file or nothing at all: no input
+
+
+def _statistics(vm: Vm, host: Host) -> dict[str, object]:
+    return {
+        "vcpus": [{"index": v.index, "mp_state": v.mp_state.name, "rip": v.context.state.rip, **asdict(v.stat)} for v in vm.vcpus],
+        "pcpus": [{"index": p.index, "busy_ns": p.busy_ns, "switches": p.switches} for p in host.pcpus],
+    }
