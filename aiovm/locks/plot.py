@@ -143,13 +143,13 @@ def _waits(axes: Any, rows: Sequence[LockRow], locks: Sequence[str]) -> None:
 
     ratios = list(_ratios(rows))
     step = 0.8 / max(1, len(ratios))
-    longest = 10 * _SHORTEST_NS
+    shortest, longest = 10 * _SHORTEST_NS, 10 * _SHORTEST_NS
     for row in rows:
         index, nth = locks.index(row.lock), ratios.index(_ratio(row))
         colour = _style(index)["color"]
         y = index + step * (nth - (len(ratios) - 1) / 2)
         p50, p99, most = (max(_SHORTEST_NS, ns) for ns in (row.wait_p50_ns, row.wait_p99_ns, row.wait_max_ns))
-        longest = max(longest, most)
+        shortest, longest = min(shortest, p50), max(longest, most)
         axes.plot((p50, p99), (y, y), color=colour, linewidth=3.2, solid_capstyle="butt", alpha=0.55)
         axes.plot((p99, most), (y, y), color=colour, linewidth=1.0)
         axes.plot(p50, y, "o", color="white", markeredgecolor=colour, markersize=4.5)
@@ -160,7 +160,7 @@ def _waits(axes: Any, rows: Sequence[LockRow], locks: Sequence[str]) -> None:
                 _ratio(row), (most, y), (5, 0), textcoords="offset points", va="center", fontsize=6.5, color=_GREY
             )
     axes.set_xscale("log")
-    axes.set_xlim(_SHORTEST_NS * 0.8, longest * 4)
+    axes.set_xlim(shortest * 0.7, longest * 4)
     axes.xaxis.set_major_locator(LogLocator(numticks=20))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(
