@@ -22,6 +22,8 @@ class Costs:
     pause_ns: int = 70
     #: An exit answered in the host, round trip: about 1,200 cycles, the order of kvm-unit-tests' vmexit/cpuid.
     exit_ns: int = 600
+    #: RDTSC and RDTSCP, which KVM does not intercept: 25 cycles (A. Fog, Instruction tables, Skylake).
+    rdtsc_ns: int = 12
     #: From one CPU's ICR write to the other CPU's interrupt: the order of a native IPI, ours.
     ipi_ns: int = 500
     #: A thread switch on a physical CPU, kernel entry to first instruction: the order of lmbench's lat_ctx.

@@ -27,11 +27,13 @@ from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, StateError, TripleFault, UnhandledExit
 from aiovm.exits import EngineFault, Exit, Shutdown, SystemEvent
 from aiovm.irq import IrqLine
+from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
 from aiovm.loaders import LoadedImage, Module, apply, load
 from aiovm.memory import GuestMemory
-from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature
+from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
+from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
 from aiovm.vcpu import MpState, Vcpu
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiovm.engine.base import Context
-    from aiovm.lapic_message import IpiMessage
     from aiovm.loop import Host
 
 __all__ = ["LifeState", "Outcome", "Vm"]
@@ -152,15 +153,13 @@ class Vm:
         self.engine = UnicornEngine(
             self.memory,
             self.clock.cells if virtual else new_cells(),
-            rate=self.costs.code_rate,
-            exit_cost=self.costs.exit_ns,
-            pause_cost=self.costs.pause_ns,
-            ple_gap=128 * 1_000_000 // self.tsc_khz,
+            costs=self.costs,
             native=native,
             pointers=pointers,
             release_gil=not virtual,
         )
         self.cpuid = CpuidTable(vcpus=vcpus, tsc_khz=self.tsc_khz, features=features)
+        self.kvmclock = KvmClock(host_khz=self.tsc_khz, now=self.clock.now())
         self.lapics = [Lapic(i, bsp=i == 0, maxphyaddr=40) for i in range(vcpus)]
         self.apic_map = ApicMap(self.lapics)
         self.vcpus = tuple(Vcpu(self, i, vcpu_id=i, apic=self.lapics[i]) for i in range(vcpus))
@@ -272,6 +271,9 @@ class Vm:
         self._last_tsc = max(self._last_tsc, tsc)
         return self._last_tsc
 
+    def wall_ns(self) -> int:
+        return self.clock.epoch_ns + self.clock.now()
+
     def tsc_to_ns(self, tsc: int) -> int:
         return -(-tsc * 1_000_000 // self.tsc_khz)
 
@@ -306,11 +308,16 @@ class Vm:
     # ---- interrupts ----------------------------------------------------------------------------------------------
 
     def deliver_ipi(self, source: Vcpu, message: IpiMessage) -> None:
+        self._send(source, message)
+
+    def _send(self, source: Vcpu, message: IpiMessage) -> int:
+        """How many local APICs it goes to."""
         if self.trace.on:
             self.trace.emit(
                 self.clock.now(), Kind.IPI, source.thread.number, message.mode << 8 | message.vector, message.dest
             )
-        for index in self.apic_map.targets(message, source.index):
+        targets = self.apic_map.targets(message, source.index)
+        for index in targets:
             target = self.vcpus[index]
             if target is source:
                 self._accept(source, target, message)
@@ -319,6 +326,7 @@ class Vm:
                 self.call_at(
                     self.clock.now() + self.costs.ipi_ns, lambda target=target: self._accept(source, target, message)
                 )
+        return len(targets)
 
     def _accept(self, source: Vcpu, target: Vcpu, message: IpiMessage) -> None:
         target.accept_apic(
@@ -367,7 +375,17 @@ class Vm:
             source.sched_yield_to(target.index)
 
     def hypercall(self, vcpu: Vcpu, number: int, args: tuple[int, int, int, int]) -> int:
-        return -1000
+        if number == HypercallNumber.CLOCK_PAIRING:
+            return clock_pairing(self.memory, args[0], args[1], self.wall_ns(), vcpu.tsc.read(self.read_tsc()))
+        wanted = decode_send_ipi(args, long_mode=vcpu.context.state.long_mode)
+        if isinstance(wanted, int):
+            return wanted
+        mode = DeliveryMode(wanted.delivery_mode)
+        level, trigger = bool(wanted.icr & 0x4000), bool(wanted.icr & 0x8000)
+        return sum(
+            self._send(vcpu, IpiMessage(wanted.vector, mode, False, level, trigger, Shorthand.NONE, apic_id))
+            for apic_id in wanted.apic_ids
+        )
 
     # ---- for people ------------------------------------------------------------------------------------------------
 

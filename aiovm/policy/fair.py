@@ -2,6 +2,8 @@
 
 * ``vruntime`` is CPU time received; a queue's floor never falls. A waking thread starts at most ``sleeper_credit``
   below the floor, so that sleepers are served soon but do not hoard time (GENTLE_FAIR_SLEEPERS: half a latency).
+* Threads whose runtimes differ by less than a granularity are equal, and equals take turns first in, first out: ours. By
+  the nanosecond, noise would decide, and deal the order anew each round.
 * A waking thread preempts when it is behind the running one by more than ``wakeup_granularity``.
 * Directed yield makes the target the *next buddy*: it is picked unless that would be unfair by more than the
   granularity. Who yields is the *skip buddy*: it is passed over once while others wait.
@@ -12,7 +14,6 @@ questions otherwise. Every thread has the same weight.
 
 from __future__ import annotations
 
-from bisect import insort
 from typing import TYPE_CHECKING
 
 from aiovm.policy.base import Policy, Requeue
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from aiovm.policy.thread import Pcpu, Thread
 
 __all__ = ["Fair"]
-
-
-def _key(thread: Thread) -> tuple[int, int]:
-    return thread.vruntime, thread.serial
 
 
 class Fair(Policy):
@@ -46,7 +43,6 @@ class Fair(Policy):
         super().__init__(slice_ns=slice_ns, jitter=jitter)
         self.wakeup_granularity = wakeup_granularity
         self.sleeper_credit = sleeper_credit
-        self._serial = 0
         self._floor: list[int] = []
         self._next: list[Thread | None] = []
         self._skip: list[Thread | None] = []
@@ -65,9 +61,11 @@ class Fair(Policy):
     def enqueue(self, thread: Thread, pcpu: Pcpu, why: Requeue, now: int) -> None:
         if why is Requeue.YIELDED:
             self._skip[pcpu.index] = thread
-        self._serial += 1
-        thread.serial = self._serial
-        insort(pcpu.queue, thread, key=_key)
+        queue = pcpu.queue
+        at = len(queue)
+        while at and queue[at - 1].vruntime - thread.vruntime > self.wakeup_granularity:
+            at -= 1
+        queue.insert(at, thread)
 
     def wakeup_preempts(self, thread: Thread, current: Thread, now: int) -> bool:
         ran = now - current.started

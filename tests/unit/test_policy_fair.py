@@ -46,9 +46,19 @@ def test_defaults_are_4_19s():
 
 def test_the_least_runtime_is_next_and_equals_go_by_arrival():
     p = fair()
-    a, b, c, d = thread(0, 30), thread(1, 10), thread(2, 20), thread(3, 10)
+    a, b, c, d = thread(0, 30 * MS), thread(1, 10 * MS), thread(2, 20 * MS), thread(3, 10 * MS)
     queue(p, 0, a, b, c, d)
     assert [p.pick(p.pcpus[0], 0) for _ in range(5)] == [b, d, c, a, None]
+
+
+def test_noise_below_a_granularity_does_not_change_the_turns():
+    p = fair()
+    a, b = thread(0, 6 * MS + 999_999), thread(1, 6 * MS)
+    queue(p, 0, a, b)
+    assert p.pick(p.pcpus[0], 0) is a
+    c, d = thread(2, 6 * MS + 1_000_001), thread(3, 6 * MS)
+    queue(p, 1, c, d)
+    assert p.pick(p.pcpus[1], 0) is d
 
 
 def test_running_costs_runtime():
@@ -138,7 +148,7 @@ def test_the_buddy_is_forgotten_after_one_choice():
 
 def test_who_yields_is_passed_over_once():
     p = fair()
-    queue(p, 0, thread(1, 50), thread(2, 90))
+    queue(p, 0, thread(1, 50 * MS), thread(2, 90 * MS))
     yielder = thread(0, 0)
     queue(p, 0, yielder, why=Requeue.YIELDED)
     assert p.pick(p.pcpus[0], 0).number == 1

@@ -23,7 +23,15 @@ typedef struct {
     uint32_t *hflags;
     int (*stop)(void *);
     void (*interrupt)(void *, uint32_t, void *);
+    int (*translate)(void *, uint64_t, uint32_t, uint64_t *);
+    uint8_t *code_pages;     /* one byte a guest page: code was translated from it */
+    uint64_t code_page_count;
 } budget;
+
+typedef struct {
+    uint64_t pc;
+    uint16_t icount, size;
+} block;
 
 enum { PAUSE = 0x177, INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15 };
 
@@ -68,17 +76,35 @@ static void on_interrupt(void *uc, uint32_t number, void *data)
     b->interrupt(uc, number, data);
 }
 
+static void mark(budget *b, void *uc, uint64_t linear)
+{
+    uint64_t physical;
+    enum { FETCH = 4 };
+    if (b->translate(uc, linear, FETCH, &physical) == 0 && physical >> 12 < b->code_page_count)
+        b->code_pages[physical >> 12] = 1;
+}
+
+/* A block was translated: the host's later stores to its pages make it stale. */
+static void on_translate(void *uc, block *now, block *before, void *data)
+{
+    (void)before;
+    mark(data, uc, now->pc);
+    if (now->size && (now->pc ^ (now->pc + now->size - 1)) >> 12)
+        mark(data, uc, now->pc + now->size - 1);
+}
+
 static PyObject *addresses(PyObject *self, PyObject *unused)
 {
     (void)self;
     (void)unused;
-    return Py_BuildValue("(KKn)", (unsigned long long)(uintptr_t)on_block,
-                         (unsigned long long)(uintptr_t)on_interrupt, (Py_ssize_t)sizeof(budget));
+    return Py_BuildValue("(KKKn)", (unsigned long long)(uintptr_t)on_block,
+                         (unsigned long long)(uintptr_t)on_interrupt, (unsigned long long)(uintptr_t)on_translate,
+                         (Py_ssize_t)sizeof(budget));
 }
 
 static PyMethodDef methods[] = {
     {"addresses", addresses, METH_NOARGS,
-     "The addresses of the block hook and the interrupt hook, and the size of the structure they share."},
+     "The addresses of the three hooks (block, interrupt, translation), and the size of the structure they share."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -15,7 +15,7 @@ Rules (both hooks follow them; tests compare them):
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.unicorn import lib
@@ -56,6 +56,9 @@ class BudgetStruct(ctypes.Structure):
         ("hflags", c_void_p),
         ("stop", c_void_p),
         ("interrupt", c_void_p),
+        ("translate", c_void_p),
+        ("code_pages", c_void_p),
+        ("code_page_count", c_uint64),
     )
     if TYPE_CHECKING:
         rate: int
@@ -70,11 +73,17 @@ class BudgetStruct(ctypes.Structure):
         ple_last: int
 
 
+class _Block(ctypes.Structure):
+    """``uc_tb``."""
+
+    _fields_ = (("pc", ctypes.c_uint64), ("icount", ctypes.c_uint16), ("size", ctypes.c_uint16))
+
+
 class Budget:
     """One engine's budget. ``native`` chooses the C hook; ``interrupt`` is Python's exit handler.
 
     ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``eip`` and ``hflags`` are addresses
-    inside the core (0 on the public path, where exits always go to Python).
+    inside the core (0 on the public path, where exits always go to Python). ``memory_end``: first address above RAM.
     """
 
     def __init__(
@@ -86,10 +95,12 @@ class Budget:
         pending: int,
         eip: int,
         hflags: int,
+        memory_end: int,
     ) -> None:
         self.native = native
         self.cells = cells
         self._quiet = ctypes.c_uint16(0)
+        self._physical = ctypes.c_uint64()
         s = self.struct = BudgetStruct()
         s.cells = ctypes.addressof(ctypes.c_char.from_buffer(cells))
         s.exit_pending = pending or ctypes.addressof(self._quiet)
@@ -97,6 +108,10 @@ class Budget:
         s.hflags = hflags or None
         s.stop = lib.address_of(lib.uc_emu_stop)
         s.ple_window = -1
+        #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`.
+        self.code_pages = bytearray(0)
+        self.cover(memory_end)
+        s.translate = lib.address_of(lib.uc_vmem_translate)
         self._python = interrupt
         self._interrupt = lib.HOOK_INTR_T(interrupt)
         s.interrupt = lib.address_of(self._interrupt)
@@ -108,7 +123,7 @@ class Budget:
                 raise ConfigError(
                     "the native block hook is not built: install with a C compiler, or use the Python twin"
                 )
-            self.on_block, self.on_interrupt, size = _budget.addresses()
+            self.on_block, self.on_interrupt, self.on_translate, size = _budget.addresses()
             assert size == ctypes.sizeof(BudgetStruct)
         else:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
@@ -118,6 +133,26 @@ class Budget:
             self._interrupt_twin = lib.HOOK_INTR_T(self._twin_interrupt)
             self.on_block = lib.address_of(self._block_twin)
             self.on_interrupt = lib.address_of(self._interrupt_twin)
+            self._translate_twin = lib.HOOK_EDGE_T(self._twin_translate)
+            self.on_translate = lib.address_of(self._translate_twin)
+
+    def cover(self, memory_end: int) -> None:
+        """Watch for code up to ``memory_end``; what was known is forgotten."""
+        self.code_pages = bytearray(max(1, memory_end >> 12))
+        self.struct.code_pages = ctypes.addressof(ctypes.c_char.from_buffer(self.code_pages))
+        self.struct.code_page_count = len(self.code_pages)
+
+    def forget_code(self) -> None:
+        """Every translation was thrown away."""
+        ctypes.memset(self.struct.code_pages, 0, len(self.code_pages))
+
+    def _twin_translate(self, uc: int, now: int, _before: int, _user: int) -> None:
+        block = _Block.from_address(now)
+        for linear in {block.pc, block.pc + max(block.size, 1) - 1}:
+            if not lib.uc_vmem_translate(uc, linear, 4, ctypes.byref(self._physical)):
+                page = self._physical.value >> 12
+                if page < len(self.code_pages):
+                    self.code_pages[page] = 1
 
     def _twin_block(self, uc: int, _address: int, size: int, _user: int) -> None:
         if self._pending.value:

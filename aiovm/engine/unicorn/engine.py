@@ -52,6 +52,7 @@ from aiovm.memory import PAGE, GuestMemory, MemoryMap, Memslot, SlotFlags
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiovm.costs import Costs
     from aiovm.engine.base import GuestPort
 
 __all__ = ["UnicornContext", "UnicornEngine"]
@@ -67,6 +68,8 @@ _EIP: Final = Env.EIP >> 3
 _HFLAGS: Final = Env.HFLAGS >> 2
 _EFLAGS: Final = Env.EFLAGS >> 3
 _M32: Final = 0xFFFF_FFFF
+#: KVM's ple_gap: TSC cycles between two PAUSEs of one loop (``arch/x86/kvm/vmx/vmx.c``).
+PLE_GAP_CYCLES: Final = 128
 _STOP_NOW: Final = -(1 << 62)
 _WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 _IO_VECTOR: Final = 1
@@ -170,8 +173,7 @@ class UnicornEngine:
     """One machine's engine.
 
     ``memory``: the guest's physical memory, followed as it changes. ``cells``: the clock's pair (now, limit), ns.
-    ``rate``: 1/256 ns charged a code byte. ``exit_cost``: ns an exit; ``pause_cost``: ns a PAUSE. ``native``: the C block
-    hook (default: when built). ``pointers``: reach the core's state directly (default: when the proof holds).
+    ``costs``: the timing model. ``native``: the C block hook (default: when built). ``pointers``: reach the core's state directly (default: when the proof holds).
     ``release_gil``: let other Python threads run during a slice.
     """
 
@@ -180,10 +182,7 @@ class UnicornEngine:
         memory: GuestMemory,
         cells: memoryview,
         *,
-        rate: int,
-        exit_cost: int,
-        pause_cost: int,
-        ple_gap: int = 0,
+        costs: Costs,
         native: bool | None = None,
         pointers: bool | None = None,
         release_gil: bool = False,
@@ -192,7 +191,8 @@ class UnicornEngine:
 
         self.memory = memory
         self.cells = cells
-        self.exit_cost = exit_cost
+        self.costs = costs
+        self._exit_ns = costs.exit_ns
         self.pointers = layout_holds() if pointers is None else pointers
         self.native = NATIVE if native is None else native
         self.signature = 0
@@ -219,11 +219,12 @@ class UnicornEngine:
             pending=self._pending_at,
             eip=self._env + Env.EIP if self.pointers else 0,
             hflags=self._env + Env.HFLAGS if self.pointers else 0,
+            memory_end=max((slot.end for slot in memory.map.slots), default=0),
         )
-        self.budget.struct.rate = rate
-        self.budget.struct.pause_cost = pause_cost
-        self.budget.struct.ple_gap = ple_gap
-        self._table: dict[int, Callable[[UnicornContext, int], None]] = self._handlers()
+        self.budget.struct.rate = costs.code_rate
+        self.budget.struct.pause_cost = costs.pause_ns
+        self.budget.struct.ple_gap = PLE_GAP_CYCLES * 1_000_000 // costs.tsc_khz
+        self._table = self._handlers()
         self._hook()
         memory.on_change(self._remap)
         memory.on_write(self._host_wrote)
@@ -303,6 +304,7 @@ class UnicornEngine:
             return lib.address_of(function)
 
         add(c.UC_HOOK_BLOCK, self.budget.on_block)
+        add(c.UC_HOOK_EDGE_GENERATED, self.budget.on_translate)
         add(c.UC_HOOK_INTR, self.budget.on_interrupt)
         add(c.UC_HOOK_INSN, keep(lib.HOOK_IN_T(self._on_in)), ctypes.c_int(x86.UC_X86_INS_IN))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_OUT_T(self._on_out)), ctypes.c_int(x86.UC_X86_INS_OUT))
@@ -326,17 +328,21 @@ class UnicornEngine:
                 rights = 5 if slot.flags & SlotFlags.READONLY else 7
                 error = lib.uc_mem_map_ptr(self._uc, low, high - low, rights, slot.host_address)
             lib.check(error, f"map {low:#x}+{high - low:#x}")
+        self.budget.cover(max((slot.end for slot in new.slots), default=0))
         if self.current is not None:
             self.current.state.paging_changed = True
         self._dirty_code = True
 
-    def _host_wrote(self, _gpa: int, _length: int) -> None:
-        self._dirty_code = True
+    def _host_wrote(self, gpa: int, length: int) -> None:
+        """The host stored into guest memory: what was translated from those pages is stale."""
+        pages = self.budget.code_pages
+        if any(pages[gpa >> 12 : (gpa + length - 1 >> 12) + 1]):
+            self._dirty_code = True
 
     def _mmio_read(self, base: int) -> Callable[[int, int, int, int], int]:
         def read(_uc: int, offset: int, size: int, _user: int) -> int:
             try:
-                self.cells[0] += self.exit_cost
+                self.cells[0] += self._exit_ns
                 assert self.current is not None
                 return self.current.port.on_mmio_read(base + offset, size) & (1 << 8 * size) - 1
             except BaseException as error:
@@ -348,7 +354,7 @@ class UnicornEngine:
     def _mmio_write(self, base: int) -> Callable[[int, int, int, int, int], None]:
         def write(_uc: int, offset: int, size: int, value: int, _user: int) -> None:
             try:
-                self.cells[0] += self.exit_cost
+                self.cells[0] += self._exit_ns
                 assert self.current is not None
                 self.current.port.on_mmio_write(base + offset, size, value & (1 << 8 * size) - 1)
             except BaseException as error:
@@ -419,6 +425,7 @@ class UnicornEngine:
         state = context.state
         if self._dirty_code:
             self._dirty_code = False
+            self.budget.forget_code()
             lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
         if state.paging_changed:
             state.paging_changed = False
@@ -493,41 +500,45 @@ class UnicornEngine:
 
     # ---- exits -------------------------------------------------------------------------------------------------------
 
-    def _handlers(self) -> dict[int, Callable[[UnicornContext, int], None]]:
-        table = {
-            0x100 + Intercept.CPUID: self._cpuid,
-            0x100 + Intercept.MSR: self._msr,
-            0x100 + Intercept.RDTSC: self._rdtsc,
-            0x100 + Intercept.RDTSCP: self._rdtsc,
-            0x100 + Intercept.HLT: self._hlt,
-            0x100 + Intercept.PAUSE: self._pause,
-            0x100 + Intercept.VINTR: self._irq_window,
-            0x100 + Intercept.VMMCALL: self._vmcall,
-            0x100 + Intercept.SWINT: self._soft_interrupt,
-            0x100 + Intercept.RDPMC: self._rdpmc,
-            0x108: self._cr8,
-            0x118: self._cr8,
+    def _handlers(self) -> dict[int, tuple[Callable[[UnicornContext, int], None], int]]:
+        """Who answers an interrupt number, and what it costs: KVM itself intercepts neither exceptions nor RDTSC."""
+        leaving = {
+            Intercept.CPUID: self._cpuid,
+            Intercept.MSR: self._msr,
+            Intercept.HLT: self._hlt,
+            Intercept.VMMCALL: self._vmcall,
+            Intercept.RDPMC: self._rdpmc,
+            Intercept.CR0_READ + 8: self._cr8,
+            Intercept.CR0_WRITE + 8: self._cr8,
         }
-        for vector in range(32):
-            table[0x100 + Intercept.EXCEPTION + vector] = self._exception
+        own: dict[int, Callable[[UnicornContext, int], None]] = {
+            Intercept.PAUSE: self._pause,
+            Intercept.VINTR: self._irq_window,
+            Intercept.SWINT: self._soft_interrupt,
+        }
+        own.update(dict.fromkeys(range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), self._exception))
+        table = {number: (self._unexpected, 0) for number in range(0x200)}
+        table.update({0x100 + code: (handler, self.costs.exit_ns) for code, handler in leaving.items()})
+        table.update({0x100 + code: (handler, 0) for code, handler in own.items()})
+        for code in (Intercept.RDTSC, Intercept.RDTSCP):
+            table[0x100 + code] = (self._rdtsc, self.costs.rdtsc_ns)
         return table
+
+    def _unexpected(self, context: UnicornContext, number: int) -> None:
+        raise EngineError(f"unexpected intercept {number:#x} at RIP {context.state.rip:#x}")
 
     def _on_interrupt(self, _uc: int, number: int, _user: int) -> None:
         self._in_interrupt = True
         try:
-            self._sync_in()
-            self.cells[0] += self.exit_cost
+            if not self.pointers:
+                self._sync_in()
             context = self.current
             assert context is not None
-            context.state.d[Env.EXCEPTION_IS_INT >> 2] = 0
-            handler = self._table.get(number)
-            if handler is None:
-                if number >= 0x100:
-                    raise EngineError(f"unexpected intercept {number:#x} at RIP {context.state.rip:#x}")
-                context.port.on_exception(number, None, 0)
-            else:
-                handler(context, number)
-            self._sync_out()
+            handler, cost = self._table[number]
+            self.cells[0] += cost
+            handler(context, number)
+            if not self.pointers:
+                self._sync_out()
         except BaseException as error:
             self._fail(error)
         finally:
@@ -589,14 +600,12 @@ class UnicornEngine:
     def _pause(self, context: UnicornContext, _number: int) -> None:
         if not self.pointers:
             self._skip(context, 2)
-            self.cells[0] -= self.exit_cost
             if not self.budget.pause(context.state.cpl):
                 return
-            self.cells[0] += self.exit_cost
+        self.cells[0] += self.costs.exit_ns
         context.port.on_pause_loop()
 
     def _irq_window(self, context: UnicornContext, _number: int) -> None:
-        self.cells[0] -= self.exit_cost  # an injection is charged by the port, not as an exit of its own
         self.apply_window(False)
         context.port.on_irq_window()
 
@@ -651,7 +660,7 @@ class UnicornEngine:
 
     def _on_in(self, _uc: int, port: int, size: int, _user: int) -> int:
         try:
-            self.cells[0] += self.exit_cost
+            self.cells[0] += self._exit_ns
             assert self.current is not None
             value = self.current.port.on_in(port, size) & (1 << 8 * size) - 1
             if self._io_leave:
@@ -663,7 +672,7 @@ class UnicornEngine:
 
     def _on_out(self, _uc: int, port: int, size: int, value: int, _user: int) -> None:
         try:
-            self.cells[0] += self.exit_cost
+            self.cells[0] += self._exit_ns
             assert self.current is not None
             self.current.port.on_out(port, size, value & (1 << 8 * size) - 1)
             if self._io_leave:

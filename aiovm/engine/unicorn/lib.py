@@ -42,6 +42,7 @@ VERSION = _version()
 
 HOOK_INTR_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)
 HOOK_BLOCK_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)
+HOOK_EDGE_T = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)
 HOOK_IN_T = ctypes.CFUNCTYPE(c_uint32, c_void_p, c_uint32, c_int, c_void_p)
 HOOK_OUT_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_int, c_uint32, c_void_p)
 HOOK_SYSCALL_T = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
@@ -74,6 +75,7 @@ uc_context_save = _prototype("uc_context_save", c_void_p, c_void_p, holding=True
 uc_context_restore = _prototype("uc_context_restore", c_void_p, c_void_p, holding=True)
 uc_context_free = _prototype("uc_context_free", c_void_p)
 uc_vmem_read = _prototype("uc_vmem_read", c_void_p, c_uint64, c_uint32, c_void_p, c_size_t, holding=True)
+uc_vmem_translate = _prototype("uc_vmem_translate", c_void_p, c_uint64, c_uint32, c_void_p, holding=True)
 uc_ctl_0 = _prototype("uc_ctl", c_void_p, c_int, holding=True)
 
 _variadic = ctypes.CDLL(raw._name)
