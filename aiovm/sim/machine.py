@@ -2,7 +2,7 @@
 
     machine = SimMachine(host, vcpus=8)
     machine.start(0, program)          # program(cpu) is a generator function, see aiovm.engine.model
-    await machine.run(until=200_000_000)
+    await machine.run()
 
 Everything that a real machine's vCPU asks of its machine (:class:`aiovm.machine.Machine`) is answered here for guests
 that have neither memory nor devices. Historic KVMs are replayed by options: ``kick_yields`` (KVM_HC_KICK_CPU also
@@ -21,6 +21,7 @@ from aiovm.clock import VirtualClock
 from aiovm.cpuid import CpuidTable
 from aiovm.engine.model import ModelContext, ModelEngine
 from aiovm.errors import ConfigError
+from aiovm.kvmclock import KvmClock
 from aiovm.lapic import Lapic
 from aiovm.lapic_message import DeliveryMode
 from aiovm.memory import GuestMemory
@@ -31,10 +32,10 @@ from aiovm.trace import Kind
 from aiovm.vcpu import MpState, Vcpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from aiovm.clock import Timer
-    from aiovm.engine.base import Context
+    from aiovm.clock import Clock, Timer
+    from aiovm.engine.base import Context, Engine
     from aiovm.engine.model import Program
     from aiovm.exits import Exit
     from aiovm.lapic_message import IpiMessage
@@ -68,7 +69,7 @@ class SimMachine:
             raise ConfigError("model guests run in virtual time only")
         self.host = host
         self.number = host.register_machine(self)
-        self.clock = host.clock
+        self.clock: Clock = host.clock
         self.costs = host.costs
         self.trace = host.trace
         self.tsc_khz = host.costs.tsc_khz
@@ -81,11 +82,13 @@ class SimMachine:
         self.ports = Bus("port", 16)
         self.mmio = Bus("MMIO", 52)
         self.cpuid = CpuidTable(vcpus=1, tsc_khz=self.tsc_khz, features=DEFAULT_FEATURES)
-        self.engine = ModelEngine(host.clock, host.costs)
-        self.contexts = self.engine.contexts
+        self.kvmclock = KvmClock(host_khz=self.tsc_khz, now=self.clock.now())
+        engine = ModelEngine(host.clock, host.costs)
+        self.engine: Engine = engine
+        self.contexts = engine.contexts
         #: What a CPU does on an interrupt, by vector.
         self.handlers: dict[int, Callable[[ModelContext], Program]] = {}
-        self.vcpus = tuple(self._make_vcpu(i) for i in range(vcpus))
+        self.vcpus: Sequence[Vcpu] = tuple(self._make_vcpu(i) for i in range(vcpus))
         #: Preemptions of vCPUs that held a lock, and that waited for one.
         self.holder_preemptions = 0
         self.waiter_preemptions = 0
@@ -104,19 +107,18 @@ class SimMachine:
         context = self.contexts[index]
         context.start(program(context), random.Random(f"{self.host.seed}/{self.number}/{index}"))
 
-    async def run(self, until: int | None = None) -> None:
-        """Run every CPU to the end of its program, or all of them to the time ``until`` (ns)."""
-        tasks = [asyncio.create_task(v.run(), name=f"vcpu-{self.number}.{v.index}") for v in self.vcpus]
+    def launch(self) -> list[asyncio.Task[Exit]]:
+        """A task for every CPU; each is done when its program is."""
+        return [asyncio.create_task(v.run(), name=f"vcpu-{self.number}.{v.index}") for v in self.vcpus]
+
+    async def run(self) -> None:
+        """Run every CPU to the end of its program."""
+        tasks = self.launch()
         try:
-            if until is None:
-                await asyncio.gather(*tasks)
-            else:
-                timer = asyncio.create_task(asyncio.sleep(max(0, until - self.clock.now()) / 1_000_000_000))
-                await asyncio.wait([timer, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _count_preemption(self, vcpu: Vcpu, preempted: bool) -> None:
         if preempted:
@@ -151,6 +153,9 @@ class SimMachine:
 
     def read_tsc(self) -> int:
         return self.clock.now() * self.tsc_khz // 1_000_000
+
+    def wall_ns(self) -> int:
+        return self.clock.epoch_ns + self.clock.now()
 
     def tsc_to_ns(self, tsc: int) -> int:
         return -(-tsc * 1_000_000 // self.tsc_khz)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiovm.port import VcpuPort
+from aiovm.requests import VcpuMode
 
 if TYPE_CHECKING:
     from aiovm.engine.model import ModelContext, Program
@@ -61,7 +62,7 @@ class SimPort(VcpuPort):
         self.on_irq_window()
 
     def must_leave(self) -> bool:
-        return self.vcpu.thread.resched
+        return self.vcpu.thread.resched or self.vcpu.mode is VcpuMode.EXITING
 
     # ---- interrupts --------------------------------------------------------------------------------------------
 

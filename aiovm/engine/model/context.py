@@ -24,7 +24,7 @@ Not modelled: registers and memory other than cells; INIT and SIPI, so model vCP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from aiovm.clock import FOREVER, Alarm
@@ -68,7 +68,7 @@ class ModelPort(Protocol):
     def on_irq_window(self) -> None: ...
     def on_iret(self) -> None: ...
     def must_leave(self) -> bool:
-        """Whether the host wants the CPU back, so that the slice must end after this operation."""
+        """Whether the slice must end after this operation: the host wants the CPU back, or somebody kicked."""
 
 
 class _Registers:
@@ -104,6 +104,7 @@ class ModelContext:
         "_cell",
         "_clock",
         "_doing",
+        "_due",
         "_end",
         "_entering",
         "_exit",
@@ -156,7 +157,9 @@ class ModelContext:
         self._end = 0
         self._cell: Cell | None = None
         self._timer: Timer | None = None
+        #: Why the slice ended; the exit whose cost is being paid.
         self._exit: Exit | None = None
+        self._due: Exit = _INTERRUPTED
         self._entering = False
         self._irq_window = False
 
@@ -204,19 +207,40 @@ class ModelContext:
 
     def kick(self, index: int) -> Op:
         """KVM_HC_KICK_CPU."""
-        return lambda me: me._call(me._port.on_kick, index)
+
+        def kick(me: ModelContext) -> int:
+            me._port.on_kick(index)
+            return me._exit_ns
+
+        return kick
 
     def sched_yield(self, index: int) -> Op:
         """KVM_HC_SCHED_YIELD."""
-        return lambda me: me._call(me._port.on_sched_yield, index)
 
-    def send_ipi(self, index: int, vector: int) -> Op:
-        """An interrupt command: fixed, to one CPU."""
-        return lambda me: me._port.on_ipi(index, vector) or me._exit_ns
+        def sched_yield(me: ModelContext) -> int:
+            me._port.on_sched_yield(index)
+            return me._exit_ns
+
+        return sched_yield
+
+    def send_ipis(self, indices: Sequence[int], vector: int) -> Op:
+        """One interrupt command: fixed, to the CPUs ``indices``."""
+
+        def send(me: ModelContext) -> int:
+            for index in indices:
+                me._port.on_ipi(index, vector)
+            return me._exit_ns
+
+        return send
 
     def arm_timer(self, deadline: int, vector: int) -> Op:
         """The TSC deadline timer, to fire at ``deadline`` (ns)."""
-        return lambda me: me._port.on_timer(deadline, vector) or me._exit_ns
+
+        def arm(me: ModelContext) -> int:
+            me._port.on_timer(deadline, vector)
+            return me._exit_ns
+
+        return arm
 
     # ---- Context ---------------------------------------------------------------------------------------------------
 
@@ -269,8 +293,11 @@ class ModelContext:
         return self._exit
 
     def interrupt_slice(self) -> None:
-        """Kick: the slice ends now, unless an exit is on its way already."""
-        if self._exit is None:
+        """Kick: the slice ends now, unless an exit is on its way already.
+
+        A kick that an operation of this CPU's own brings about is seen after it (:meth:`ModelPort.must_leave`).
+        """
+        if self._exit is None and (self._doing == _COMPUTE or self._doing == _SPIN):
             self.cut()
             self._leave(_INTERRUPTED)
 
@@ -303,7 +330,7 @@ class ModelContext:
     def _go(self) -> None:
         """Run program code at the loop's time, until time must pass or the slice ends."""
         clock = self._clock
-        cells, try_advance = clock.cells, clock.try_advance
+        cells, try_advance, must_leave = clock.cells, clock.try_advance, self._port.must_leave
         while True:
             doing = self._doing
             if doing == _READY:
@@ -317,12 +344,16 @@ class ModelContext:
                     self._leave(_DONE)
                     return
                 self._registers.rip += 1
-                if op.__class__ is int:
+                if isinstance(op, int):
                     end = cells[0] + op
                 else:
-                    end = cells[0] + op(self)
+                    ns = op(self)
+                    if self._doing == _READY and must_leave():
+                        self._begin_exit(_INTERRUPTED, _READY)
+                        self._left = ns
                     if self._doing != _READY:
                         continue
+                    end = cells[0] + ns
                 if try_advance(end):
                     continue
                 self._doing = _COMPUTE
@@ -357,21 +388,14 @@ class ModelContext:
 
     def _begin_exit(self, exit_: Exit, after: int) -> None:
         """The exit's own cost comes first, then the slice ends; afterwards the state is ``after``."""
-        self._exit = exit_
+        self._due = exit_
         self._after = after
         self._left = self._exit_ns
         self._doing = _EXITING
 
     def _exited(self) -> None:
         self._doing = self._after
-        assert self._exit is not None
-        self._leave(self._exit)
-
-    def _call(self, hypercall: Callable[[int], None], index: int) -> int:
-        hypercall(index)
-        if self._port.must_leave():
-            self._begin_exit(_INTERRUPTED, _READY)
-        return self._exit_ns
+        self._leave(self._due)
 
     def _return(self) -> None:
         """IRET."""

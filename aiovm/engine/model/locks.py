@@ -52,8 +52,7 @@ class TestAndSet(Lock):
 
     def unlock(self, cpu: ModelContext) -> Program:
         self.word.store(0)
-        return
-        yield
+        yield from ()
 
 
 class Ticket(Lock):
@@ -73,8 +72,7 @@ class Ticket(Lock):
 
     def unlock(self, cpu: ModelContext) -> Program:
         self.head.store(self.head.value + 1)
-        return
-        yield
+        yield from ()
 
 
 class PreemptableTicket(Lock):
@@ -112,8 +110,7 @@ class PreemptableTicket(Lock):
     def unlock(self, cpu: ModelContext) -> Program:
         self.word.store(0)
         self.head.store(self.head.value + 1)
-        return
-        yield
+        yield from ()
 
 
 class Node:
@@ -148,8 +145,7 @@ class Mcs(Lock):
         self._queue.popleft()
         if self._queue:
             self._queue[0].locked.store(1)
-        return
-        yield
+        yield from ()
 
 
 class Queued(Lock):
@@ -188,5 +184,4 @@ class Queued(Lock):
 
     def unlock(self, cpu: ModelContext) -> Program:
         self.locked.store(0)
-        return
-        yield
+        yield from ()

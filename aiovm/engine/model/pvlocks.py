@@ -83,31 +83,46 @@ class PvQueued(Lock):
         self.locked = Cell()
         #: The head of the queue claims the lock: nobody may steal.
         self.pending = False
+        #: 1 as long as a stealer has nothing to do but wait: the lock is held, a queue exists, its head claims nothing.
+        self.gate = Cell()
         self.queue: deque[Node] = deque()
         #: Whom the unlocker of a SLOW lock kicks.
         self._hashed: Node | None = None
 
     def lock(self, cpu: ModelContext) -> Program:
         if not self.locked.value and not self.queue:
-            self.locked.store(_LOCKED)
+            self._set(_LOCKED)
             return
-        # Lock stealing: as long as a queue exists and its head does not claim the lock.
-        while self.steal:
+        if self.steal:
+            while self.gate.value:
+                yield cpu.spin(self.gate, 0)
             if not self.locked.value and not self.pending:
-                self.locked.store(_LOCKED)
+                self._set(_LOCKED)
                 return
-            if not self.queue or self.pending:
-                break
-            yield cpu.spin(self.locked, _FREE, 1)
         node = Node(cpu.index)
         before = self.queue[-1] if self.queue else None
         self.queue.append(node)
+        self._move_gate()
         if before is not None:
             yield from self._wait_node(cpu, node, before)
         yield from self._wait_head(cpu, node)
         self.queue.popleft()
+        self._move_gate()
         if self.queue:
             self._hand_on(self.queue[0])
+
+    def _set(self, value: int) -> None:
+        self.locked.store(value)
+        self._move_gate()
+
+    def _claim(self, pending: bool) -> None:
+        self.pending = pending
+        self._move_gate()
+
+    def _move_gate(self) -> None:
+        gate = int(self.locked.value != _FREE and not self.pending and bool(self.queue))
+        if gate != self.gate.value:
+            self.gate.store(gate)
 
     def _wait_node(self, cpu: ModelContext, node: Node, before: Node) -> Program:
         """Until the predecessor makes this node the head."""
@@ -132,16 +147,16 @@ class PvQueued(Lock):
         """Until the head of the queue has the lock."""
         while True:
             node.state = _RUNNING
-            self.pending = True
+            self._claim(True)
             if self.locked.value:
                 yield cpu.spin(self.locked, _FREE, self.spin)
             if not self.locked.value:
-                self.locked.store(_LOCKED)
-                self.pending = False
+                self._set(_LOCKED)
+                self._claim(False)
                 return
-            self.pending = False
+            self._claim(False)
             self._hashed = node
-            self.locked.store(_SLOW)
+            self._set(_SLOW)
             node.state = _HASHED
             yield cpu.halt()
 
@@ -151,14 +166,14 @@ class PvQueued(Lock):
         if node.state == _HALTED:
             node.state = _HASHED
             self._hashed = node
-            self.locked.store(_SLOW)
+            self._set(_SLOW)
 
     def unlock(self, cpu: ModelContext) -> Program:
         if self.locked.value == _LOCKED:
-            self.locked.store(_FREE)
+            self._set(_FREE)
             return
         node, self._hashed = self._hashed, None
-        self.locked.store(_FREE)
+        self._set(_FREE)
         cpu.lock_state = 0
         if node is not None:
             yield cpu.kick(node.cpu)
