@@ -27,6 +27,8 @@ from collections import deque
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Final, Protocol
 
+from aiovm.units import SEC
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
@@ -65,6 +67,8 @@ class Clock(Protocol):
 
     #: (now, limit) of the running slice, ns; shared with the engine's block hook.
     cells: memoryview
+    #: The wall time, ns since 1970, at which ``now()`` was 0.
+    epoch_ns: int
 
     def now(self) -> int: ...
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer: ...
@@ -166,11 +170,16 @@ class Alarm:
 
 
 class VirtualClock:
-    """Time that moves only when told. ``lookahead``: ns by which CPUs of a machine may run apart."""
+    """Time that moves only when told.
+
+    ``lookahead``: ns by which CPUs of a machine may run apart. ``epoch_ns``: the wall time at 0, by default the
+    beginning of 2026, so that calendars in guests repeat as well.
+    """
 
     is_virtual = True
 
-    def __init__(self, *, lookahead: int = 2_000) -> None:
+    def __init__(self, *, lookahead: int = 2_000, epoch_ns: int = 1_767_225_600 * SEC) -> None:
+        self.epoch_ns = epoch_ns
         self.cells = new_cells()
         self.cells[1] = FOREVER
         self.lookahead = lookahead
@@ -257,6 +266,7 @@ class WallClock:
         self.cells = new_cells()
         self.cells[1] = FOREVER
         self._base = time.monotonic_ns()
+        self.epoch_ns = time.time_ns()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._heap: list[tuple[int, int, Timer]] = []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aiovm.cpuid import CpuidTable
     from aiovm.engine.base import Context, Engine
     from aiovm.exits import Exit
+    from aiovm.kvmclock import KvmClock
     from aiovm.lapic_message import IpiMessage
     from aiovm.loop import Host
     from aiovm.memory import GuestMemory
@@ -39,6 +40,7 @@ class Machine(Protocol):
     mmio: Bus
     engine: Engine
     cpuid: CpuidTable
+    kvmclock: KvmClock
     vcpus: Sequence[Vcpu]
     #: Guest TSC cycles a millisecond.
     tsc_khz: int
@@ -57,6 +59,9 @@ class Machine(Protocol):
 
     def read_tsc(self) -> int:
         """The TSC that all vCPUs share, now; never behind what any of them has seen."""
+
+    def wall_ns(self) -> int:
+        """The wall time now, ns since 1970."""
 
     def tsc_to_ns(self, tsc: int) -> int:
         """When the shared TSC reaches ``tsc``, ns of the machine's clock."""

@@ -19,7 +19,7 @@ from aiovm.requests import Request
 from aiovm.trace import Kind
 
 if TYPE_CHECKING:
-    from aiovm.lapic import LapicEffect
+    from aiovm.lapic import Lapic, LapicEffect
     from aiovm.vcpu import Vcpu
 
 __all__ = ["VcpuPort"]
@@ -30,7 +30,6 @@ _IF = 0x200
 
 _X2APIC_MSRS = range(0x800, 0x900)
 _TSC, _APIC_BASE, _TSC_ADJUST, _MISC_ENABLE, _DEADLINE, _EFER = 0x10, 0x1B, 0x3B, 0x1A0, 0x6E0, 0xC000_0080
-_STEAL_TIME = 0x4B564D03
 _EFER_MASK = 0xD01  # SCE, LME, LMA, NXE
 #: MSRs inside the core whose value must be a canonical address (SDM vol. 4, table 2-2).
 _CANONICAL = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})
@@ -52,7 +51,7 @@ class VcpuPort:
         return self.vm.cpuid.answer(leaf, subleaf, self.vcpu.apic.apic_id)
 
     def on_rdtsc(self) -> int:
-        return (self.vm.read_tsc() + self.vcpu.tsc_adjust) & _M64
+        return self.vcpu.tsc.read(self.vm.read_tsc())
 
     # ---- MSRs ------------------------------------------------------------------------------------------------------
 
@@ -75,20 +74,20 @@ class VcpuPort:
         if index == _DEADLINE:
             return vcpu.apic.read_deadline()
         if index in _X2APIC_MSRS:
-            return vcpu.apic.msr_read(index, self.vm.clock.now())
+            return self._apic().msr_read(index, self.vm.clock.now())
         if index == _APIC_BASE:
             return vcpu.apic.apic_base
         if index == _TSC:
             return self.on_rdtsc()
         if index == _TSC_ADJUST:
-            return vcpu.tsc_adjust & _M64
+            return vcpu.tsc.adjust
         if index == _MISC_ENABLE:
             return vcpu.ia32_misc_enable_msr
         if index in _CORE or index == _EFER:
             return vcpu.context.read_msr(index)
         if index in _CONSTANT:
             return _CONSTANT[index]
-        return self._read_kvm_msr(index)
+        return vcpu.pv.read_msr(index)
 
     def _write_msr(self, index: int, value: int) -> bool:
         vcpu = self.vcpu
@@ -98,9 +97,9 @@ class VcpuPort:
             vcpu.arm_timer()
             return True
         if index in _X2APIC_MSRS:
-            effect = vcpu.apic.msr_write(index, value, now)
+            effect = self._apic().msr_write(index, value, now)
             if effect is not None:
-                self._apply(effect)
+                self.apply(effect)
             return effect is not None
         if index == _APIC_BASE:
             if not vcpu.apic.set_apic_base(value):
@@ -108,10 +107,10 @@ class VcpuPort:
             self.vm.apic_map_changed()
             return True
         if index == _TSC:
-            vcpu.tsc_adjust = value - self.vm.read_tsc()
+            vcpu.tsc.write(value, self.vm.read_tsc())
             return True
         if index == _TSC_ADJUST:
-            vcpu.tsc_adjust = value - (1 << 64 if value >> 63 else 0)
+            vcpu.tsc.write_adjust(value)
             return True
         if index == _MISC_ENABLE:
             vcpu.ia32_misc_enable_msr = value
@@ -125,16 +124,20 @@ class VcpuPort:
             return True
         return index in _CONSTANT or self._write_kvm_msr(index, value)
 
-    def _read_kvm_msr(self, index: int) -> int | None:
-        if index == _STEAL_TIME:
-            return self.vcpu.steal.read_msr()
-        return None
-
     def _write_kvm_msr(self, index: int, value: int) -> bool:
-        if index == _STEAL_TIME and self.vcpu.steal.write_msr(value):
-            self.vcpu.make_request(Request.STEAL_UPDATE)
-            return True
-        return False
+        """What a store owes is done at once: the guest reads its clock record right after it has registered it."""
+        vcpu, vm = self.vcpu, self.vm
+        effect = vcpu.pv.write_msr(index, value)
+        if effect is None:
+            return False
+        if effect.wall_clock is not None:
+            vm.kvmclock.write_wall_clock(vm.memory, effect.wall_clock, vm.clock.now(), vm.wall_ns())
+        if effect.requests:
+            for request in effect.requests:
+                vcpu.make_request(request)
+            vcpu.service_paravirt()
+            self.update_irq_window()
+        return True
 
     def _write_efer(self, value: int) -> bool:
         """Reserved bits and a change of LME under paging fault; LMA follows the CPU, not the write."""
@@ -147,7 +150,7 @@ class VcpuPort:
 
     def _deadline_ns(self, tsc: int) -> int:
         """When the guest's TSC reaches ``tsc``, in ns of the machine's clock."""
-        return self.vm.tsc_to_ns(tsc - self.vcpu.tsc_adjust)
+        return self.vm.tsc_to_ns(self.vcpu.tsc.reach(tsc, self.vm.read_tsc()))
 
     # ---- ports and MMIO --------------------------------------------------------------------------------------------
 
@@ -175,7 +178,7 @@ class VcpuPort:
         apic = vcpu.apic
         offset = gpa - apic.base_address
         if 0 <= offset < _APIC_PAGE and apic.hw_enabled and not apic.x2apic:
-            return apic.mmio_read(offset, size, vm.clock.now())
+            return self._apic().mmio_read(offset, size, vm.clock.now())
         value = vm.mmio.read(gpa, size, vm.clock.now())
         if value is None:
             self._unknown(gpa, 0)
@@ -188,11 +191,18 @@ class VcpuPort:
         apic = vcpu.apic
         offset = gpa - apic.base_address
         if 0 <= offset < _APIC_PAGE and apic.hw_enabled and not apic.x2apic:
-            self._apply(apic.mmio_write(offset, size, value, vm.clock.now()))
+            self.apply(self._apic().mmio_write(offset, size, value, vm.clock.now()))
         elif not vm.mmio.write(gpa, size, value, vm.clock.now()):
             self._unknown(gpa, value)
 
-    def _apply(self, effect: LapicEffect) -> None:
+    def _apic(self) -> Lapic:
+        """The local APIC, up to date: an interrupt that the guest ended in memory is ended there too."""
+        vcpu = self.vcpu
+        if vcpu.pv.eoi.pending:
+            vcpu.harvest_eoi()
+        return vcpu.apic
+
+    def apply(self, effect: LapicEffect) -> None:
         """Carry out what a LAPIC register access owes."""
         vcpu, vm = self.vcpu, self.vm
         if effect.ipi is not None:
@@ -215,14 +225,14 @@ class VcpuPort:
 
     def on_cr_read(self, register: int) -> int | None:
         if register == 8:
-            return self.vcpu.apic.cr8
+            return self._apic().cr8
         return None
 
     def on_cr_write(self, register: int, value: int) -> bool:
         if register != 8 or value >> 4:
             self.inject(13, 0)
             return False
-        self._apply(self.vcpu.apic.write_cr8(value))
+        self.apply(self._apic().write_cr8(value))
         return True
 
     # ---- hypercalls --------------------------------------------------------------------------------------------------
@@ -313,6 +323,8 @@ class VcpuPort:
     def on_irq_window(self) -> None:
         """The guest may be able to take an interrupt: give it the first, and ask again for the next."""
         vcpu = self.vcpu
+        if vcpu.pv.eoi.pending:
+            vcpu.harvest_eoi()
         if self._interrupt_waits():
             state = vcpu.context.state
             if state.rflags & _IF and not state.interrupt_shadow:

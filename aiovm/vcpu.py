@@ -29,14 +29,15 @@ from aiovm.clock import FOREVER, Alarm
 from aiovm.engine.base import Seg, Segment
 from aiovm.events import EventQueue
 from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown
-from aiovm.halt_poll import adapt
+from aiovm.halt_poll import adapt, begin
 from aiovm.lapic_message import Accepted, DeliveryMode
-from aiovm.paravirt import StealTime
+from aiovm.paravirt import Paravirt
 from aiovm.policy.thread import ThreadState
 from aiovm.port import VcpuPort
 from aiovm.requests import Request, Requests, VcpuMode
 from aiovm.spin import PleWindow, on_spin
 from aiovm.trace import Kind
+from aiovm.tsc import GuestTsc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,9 +128,9 @@ class Vcpu:
         self.halt_poll_ns = 0
         self.events = EventQueue()
         self.ia32_misc_enable_msr = 0
-        #: IA32_TSC_ADJUST, signed; the guest's TSC is the machine's plus this.
-        self.tsc_adjust = 0
-        self.steal = StealTime(vm.memory)
+        self.tsc = GuestTsc()
+        self.pv = Paravirt(vm.memory, vm.kvmclock, vcpu_id=vcpu_id)
+        self.steal = self.pv.steal
         self.ple = PleWindow()
         #: The last exits, for the message of a guest that ended itself.
         self.history: deque[str] = deque(maxlen=8)
@@ -244,7 +245,7 @@ class Vcpu:
 
     def dy_runnable(self) -> bool:
         """``kvm_arch_dy_runnable``: something has come that will end this vCPU's sleep."""
-        return self.pv_unhalted or bool(self.requests.bits & _DY_REQUESTS)
+        return self.pv_unhalted or bool(self.requests.bits & _DY_REQUESTS) or self.pv.apf.completions
 
     def dy_has_pending_interrupt(self) -> bool:
         """``kvm_arch_dy_has_pending_interrupt``."""
@@ -271,13 +272,14 @@ class Vcpu:
         """``vcpu_run``: the loop around entries and blocks."""
         vm, host, thread, apic = self.vm, self.vm.host, self.thread, self.apic
         clock, cells, context = vm.clock, vm.clock.cells, self.context
+        eoi = self.pv.eoi
         while True:
-            if self.mp_state is MpState.RUNNABLE:
+            if self._running():
                 if self.requests.bits:
                     leaving = self._service_requests()
                     if leaving is not None:
                         return leaving
-                    if self.mp_state is not MpState.RUNNABLE:
+                    if not self._running():
                         continue
                 # Invariant: nothing between this store and the slice can set a request unseen.
                 self.mode = VcpuMode.IN_GUEST
@@ -294,7 +296,11 @@ class Vcpu:
                         limit = thread.slice_end
                     if limit <= start:
                         limit = start + 1
+                    if eoi.enabled:
+                        self._arm_eoi()
                     exit_ = context.run(limit)
+                    if eoi.pending:
+                        self.harvest_eoi()
                     end = cells[0]
                     cells[0] = start
                     cells[1] = FOREVER
@@ -308,8 +314,12 @@ class Vcpu:
                         if leaving is not None:
                             return leaving
                 else:
+                    if eoi.enabled:
+                        self._arm_eoi()
                     exit_ = await vm.run_slice(context, vm.wall_slice_ns)
                     self.mode = VcpuMode.OUTSIDE
+                    if eoi.pending:
+                        self.harvest_eoi()
                     leaving = self._handle_exit(exit_)
                     if leaving is not None:
                         return leaving
@@ -335,8 +345,9 @@ class Vcpu:
             self.context.flush_tlb()
         if check(Request.TRIPLE_FAULT):
             return Shutdown()
-        if check(Request.STEAL_UPDATE):
-            self._record_steal_time()
+        self.service_paravirt()
+        if check(Request.APF_HALT):
+            self.pv.apf.halt()
         if check(Request.NMI):
             self.events.fold_nmi()
         check(Request.UNBLOCK)
@@ -345,6 +356,41 @@ class Vcpu:
             if self.mp_state is MpState.RUNNABLE:
                 self.port.inject_pending()
         return None
+
+    def service_paravirt(self) -> None:
+        """The requests about records in guest memory; also from inside a slice, as the guest looks at once."""
+        check = self.requests.check_request
+        now = self.vm.clock.now()
+        if check(Request.MASTERCLOCK_UPDATE):
+            self.vm.kvmclock.update_masterclock(now)
+            for vcpu in self.vm.vcpus:
+                vcpu.make_request(Request.CLOCK_UPDATE)
+                if vcpu is not self:
+                    self.vm.call_at(now, vcpu.kick)
+        if check(Request.GLOBAL_CLOCK_UPDATE) | check(Request.CLOCK_UPDATE):
+            snapshot = self.vm.kvmclock.snapshot(now)
+            self.vm.read_tsc()  # nobody's TSC may be behind a published timestamp
+            self.pv.clock.update(snapshot, self.tsc.read(snapshot.host_tsc), self.tsc.scale(self.vm.tsc_khz))
+        if check(Request.STEAL_UPDATE):
+            self._record_steal_time()
+        if check(Request.APF_READY):
+            ready = self.pv.apf.check_completion(lapic_enabled=self.apic.enabled)
+            if ready.vector >= 0:
+                self.apic.accept(DeliveryMode.FIXED, ready.vector)
+                self.make_request(Request.EVENT)
+
+    def _arm_eoi(self) -> None:
+        """PV EOI, before an entry: let the guest end the interrupt in service without an exit."""
+        apic = self.apic
+        vector = apic.highest_isr()
+        if vector >= 0:
+            awaited = (apic.state.tmr | apic.watched_vectors) >> vector & 1
+            self.pv.eoi.arm(irr_pending=apic.has_irr, isr_vector=vector, ioapic_handles=bool(awaited))
+
+    def harvest_eoi(self) -> None:
+        """PV EOI, before anything else looks at the local APIC: has the guest ended its interrupt?"""
+        if self.pv.eoi.harvest():
+            self.port.apply(self.apic.eoi())
 
     def _handle_exit(self, exit_: Exit) -> Exit | None:
         """What a leaving exit means; the exit itself when it is the embedding program's business."""
@@ -425,9 +471,13 @@ class Vcpu:
         if trace.on:
             trace.emit(self.vm.clock.now(), Kind.MP_STATE, self.thread.number, state, 0)
 
+    def _running(self) -> bool:
+        """``kvm_vcpu_running``: enter the guest, else block."""
+        return self.mp_state is MpState.RUNNABLE and not self.pv.apf.halted
+
     def _runnable(self) -> bool:
         """``kvm_arch_vcpu_runnable`` for a vCPU that is not running: a wake condition holds."""
-        return self.pv_unhalted or bool(self.apic.pending_events) or self._has_events()
+        return self.pv_unhalted or bool(self.apic.pending_events) or self._has_events() or self.pv.apf.completions
 
     def _has_events(self) -> bool:
         if self.requests.bits & _NMI_OR_SMI or self._nmi_deliverable():
@@ -454,7 +504,9 @@ class Vcpu:
         clock, host = vm.clock, vm.host
         began = clock.now()
         halted = self.mp_state is MpState.HALTED
-        if halted and self.halt_poll_ns and not self._block_ends():
+        self.halt_poll_ns = begin(self.halt_poll_ns, vm.halt_poll_ns)
+        may_poll = halted and self.pv.halt_poll_allowed
+        if may_poll and self.halt_poll_ns and not self._block_ends():
             await self._poll_for_wakeup(began)
         while not self._block_ends() and not thread.resched:
             slept = clock.now()
@@ -469,17 +521,20 @@ class Vcpu:
             self.blocking = False
             await thread.alarm
             stat.halt_wait_ns += clock.now() - slept
-        if halted:
+        if may_poll:
             self.halt_poll_ns = adapt(self.halt_poll_ns, clock.now() - began, vm.halt_poll_ns)
         self.requests.clear_request(Request.UNBLOCK)
         self._accept_apic_events()
-        if self.mp_state is MpState.HALTED and self._runnable():
-            self.set_mp_state(MpState.RUNNABLE)
+        if self._runnable():
+            if self.mp_state is MpState.HALTED:
+                self.set_mp_state(MpState.RUNNABLE)
+            if self.mp_state is MpState.RUNNABLE:
+                self.pv.apf.wake()
 
     async def _poll_for_wakeup(self, began: int) -> None:
         """Halt polling: stay on the CPU for up to ``halt_poll_ns``, as long as nobody waits for it."""
         vm, stat = self.vm, self.stat
-        window = min(self.halt_poll_ns, vm.halt_poll_ns)
+        window = self.halt_poll_ns
         if not vm.host.is_single_task(self.thread):
             return
         stat.halt_attempted_poll += 1
@@ -523,7 +578,7 @@ class Vcpu:
         self.arm_timer()
         self.events.reset()
         self.pv_unhalted = False
-        self.steal.reset()
+        self.pv.reset()
 
     # ---- timer, steal time, PLE ------------------------------------------------------------------------------------
 

@@ -30,9 +30,9 @@ from aiovm.irq import IrqLine
 from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
+from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
 from aiovm.loaders import LoadedImage, Module, apply, load
 from aiovm.memory import GuestMemory
-from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
 from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind

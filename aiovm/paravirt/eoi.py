@@ -50,6 +50,11 @@ class PvEoi:
         self._word: GuestPtr | None = None
 
     @property
+    def enabled(self) -> bool:
+        """Whether :meth:`arm` is worth a call before an entry."""
+        return self._word is not None
+
+    @property
     def pending(self) -> bool:
         """Whether :meth:`harvest` is due."""
         return self._s.pending
