@@ -148,11 +148,17 @@ class Budget:
 
     def _twin_translate(self, uc: int, now: int, _before: int, _user: int) -> None:
         block = _Block.from_address(now)
-        for linear in {block.pc, block.pc + max(block.size, 1) - 1}:
-            if not lib.uc_vmem_translate(uc, linear, 4, ctypes.byref(self._physical)):
-                page = self._physical.value >> 12
-                if page < len(self.code_pages):
-                    self.code_pages[page] = 1
+        self.mark_code(uc, block.pc)
+        last = block.pc + max(block.size, 1) - 1
+        if (block.pc ^ last) >> 12:
+            self.mark_code(uc, last)
+
+    def mark_code(self, uc: int | c_void_p, linear: int) -> None:
+        """Code was translated from ``linear``."""
+        if not lib.uc_vmem_translate(uc, linear, lib.const.UC_PROT_EXEC, ctypes.byref(self._physical)):
+            page = self._physical.value >> 12
+            if page < len(self.code_pages):
+                self.code_pages[page] = 1
 
     def _twin_block(self, uc: int, _address: int, size: int, _user: int) -> None:
         if self._pending.value:

@@ -22,7 +22,7 @@ A Python error in a hook would be swallowed by the C boundary: it is kept, the s
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.engine.unicorn import lib
@@ -45,6 +45,7 @@ from aiovm.engine.unicorn.layout import (
     Intercept,
 )
 from aiovm.engine.unicorn.state import EnvState
+from aiovm.engine.unicorn.syscall import syscall, sysenter
 from aiovm.errors import EngineError
 from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
 from aiovm.memory import PAGE, GuestMemory, MemoryMap, Memslot, SlotFlags
@@ -68,11 +69,16 @@ _EIP: Final = Env.EIP >> 3
 _HFLAGS: Final = Env.HFLAGS >> 2
 _EFLAGS: Final = Env.EFLAGS >> 3
 _M32: Final = 0xFFFF_FFFF
+_M64: Final = 0xFFFF_FFFF_FFFF_FFFF
+_IF: Final = 0x200
 #: KVM's ple_gap: TSC cycles between two PAUSEs of one loop (``arch/x86/kvm/vmx/vmx.c``).
 PLE_GAP_CYCLES: Final = 128
 _STOP_NOW: Final = -(1 << 62)
 _WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 _IO_VECTOR: Final = 1
+_FETCH_ERRORS: Final = frozenset({lib.const.UC_ERR_FETCH_UNMAPPED, lib.const.UC_ERR_FETCH_PROT})
+#: ns of guest time between looks at IF on the public path.
+_WINDOW_NS: Final = 500
 
 #: 32-bit MSRs of the core.
 _NARROW: Final = frozenset({0x174, 0xC000_0084, 0xC000_0103})
@@ -173,8 +179,8 @@ class UnicornEngine:
     """One machine's engine.
 
     ``memory``: the guest's physical memory, followed as it changes. ``cells``: the clock's pair (now, limit), ns.
-    ``costs``: the timing model. ``native``: the C block hook (default: when built). ``pointers``: reach the core's state directly (default: when the proof holds).
-    ``release_gil``: let other Python threads run during a slice.
+    ``costs``: the timing model. ``native``: the C block hook (default: when built). ``pointers``: reach the core's
+    state directly (default: when the proof holds). ``release_gil``: let other Python threads run during a slice.
     """
 
     def __init__(
@@ -201,9 +207,12 @@ class UnicornEngine:
         self._exit: Exit | None = None
         self._failure: BaseException | None = None
         self._in_interrupt = False
-        self._io_leave = False
+        #: The guest's DR0, DR6 and DR7 while the I/O breakpoint stands behind an instruction that leaves.
+        self._io_armed: tuple[int, int, int] | None = None
         self._kicked = False
         self._dirty_code = False
+        #: Nothing is translated yet: the core does not tell of its first block.
+        self._first = True
         #: The paging registers for which the TLB's contents hold; vCPUs that share them share it.
         self._tlb_of: tuple[int, int, int, int] | None = None
         self._emu_start = lib.uc_emu_start if release_gil else lib.uc_emu_start_holding
@@ -309,6 +318,8 @@ class UnicornEngine:
         add(c.UC_HOOK_INSN, keep(lib.HOOK_IN_T(self._on_in)), ctypes.c_int(x86.UC_X86_INS_IN))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_OUT_T(self._on_out)), ctypes.c_int(x86.UC_X86_INS_OUT))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_syscall)), ctypes.c_int(x86.UC_X86_INS_SYSCALL))
+        add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_sysenter)), ctypes.c_int(x86.UC_X86_INS_SYSENTER))
+        add(c.UC_HOOK_MEM_WRITE_PROT, keep(lib.HOOK_MEM_T(self._on_rom_write)))
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
@@ -352,15 +363,21 @@ class UnicornEngine:
         return read
 
     def _mmio_write(self, base: int) -> Callable[[int, int, int, int, int], None]:
-        def write(_uc: int, offset: int, size: int, value: int, _user: int) -> None:
-            try:
-                self.cells[0] += self._exit_ns
-                assert self.current is not None
-                self.current.port.on_mmio_write(base + offset, size, value & (1 << 8 * size) - 1)
-            except BaseException as error:
-                self._fail(error)
+        return lambda _uc, offset, size, value, _user: self._mmio_store(base + offset, size, value)
 
-        return write
+    def _mmio_store(self, gpa: int, size: int, value: int) -> None:
+        try:
+            self.cells[0] += self._exit_ns
+            assert self.current is not None
+            self.current.port.on_mmio_write(gpa, size, value & (1 << 8 * size) - 1)
+        except BaseException as error:
+            self._fail(error)
+
+    def _on_rom_write(self, _uc: int, _kind: int, gpa: int, size: int, value: int, _user: int) -> bool:
+        """A store to a read-only slot is MMIO, and the core drops it. An unaligned one comes again byte by byte."""
+        if not gpa & size - 1:
+            self._mmio_store(gpa, size, value)
+        return True
 
     # ---- contexts ------------------------------------------------------------------------------------------------
 
@@ -439,31 +456,42 @@ class UnicornEngine:
         if self._kicked:
             self._kicked = False
             return Interrupted()
-        if self.pointers:
-            error = self._emu_start(self._uc, state.q[_EIP], 0, 0, 0)
-        else:
-            error = self._run_public(context, limit)
+        if self._first:
+            self._first = False
+            self.budget.mark_code(self._uc, self._linear_rip(state))
+        error = self._enter(context) if self.pointers else self._enter_public(context)
         self._kicked = False
+        if error in _FETCH_ERRORS and self._failure is None:
+            # Nothing to execute from: a bus that nobody drives reads all ones, and FF FF is no instruction.
+            context.port.on_exception(6, None, 0)
+            error = 0
+        return self._outcome(error)
+
+    def _enter(self, context: UnicornContext) -> int:
+        """Guest code runs; the core's error number."""
+        return int(self._emu_start(self._uc, context.state.q[_EIP], 0, 0, 0))
+
+    def _enter_public(self, context: UnicornContext) -> int:
+        """Without pointers there is no interrupt window: look at IF before a slice, and keep slices short meanwhile."""
+        if context.window:
+            if context.state.rflags & _IF and not context.state.interrupt_shadow:
+                context.port.on_irq_window()
+                if self._exit is not None:
+                    return 0
+            if context.window:
+                self.cells[1] = min(self.cells[1], self.cells[0] + _WINDOW_NS)
+        self._sync_out()
+        error = self._enter(context)
+        self._sync_in()
+        return error
+
+    def _outcome(self, error: int) -> Exit:
         if self._failure is not None:
-            self._raise_failure()
+            failure, self._failure = self._failure, None
+            raise failure
         if self._exit is not None:
             return self._exit
-        if error:
-            return EngineFault(error, lib.words(error))
-        return BUDGET
-
-    def _run_public(self, context: UnicornContext, limit: int) -> int:
-        """Without pointers there is no interrupt window: look at IF every 500 ns of guest time instead."""
-        cells = self.cells
-        while True:
-            cells[1] = min(limit, cells[0] + 500) if context.window else limit
-            self._sync_out()
-            error = self._emu_start(self._uc, context.state.q[_EIP], 0, 0, 0)
-            self._sync_in()
-            if error or self._exit is not None or self._failure is not None or cells[0] >= limit:
-                return int(error)
-            if context.window and context.state.rflags & 0x200 and not context.state.interrupt_shadow:
-                context.port.on_irq_window()
+        return EngineFault(error, lib.words(error)) if error else BUDGET
 
     def kick(self) -> None:
         """End the running slice at its next block, or the next one before it begins; from any thread."""
@@ -477,18 +505,12 @@ class UnicornEngine:
             lib.uc_emu_stop(self._uc)
         else:
             self.cells[1] = _STOP_NOW
-            self._io_leave = True
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
         self.cells[1] = _STOP_NOW
         if self._in_interrupt:
             lib.uc_emu_stop(self._uc)
-
-    def _raise_failure(self) -> NoReturn:
-        failure, self._failure = self._failure, None
-        assert failure is not None
-        raise failure
 
     def close(self) -> None:
         """Free the core. The contexts must not be used any more."""
@@ -502,7 +524,7 @@ class UnicornEngine:
 
     def _handlers(self) -> dict[int, tuple[Callable[[UnicornContext, int], None], int]]:
         """Who answers an interrupt number, and what it costs: KVM itself intercepts neither exceptions nor RDTSC."""
-        leaving = {
+        leaving: dict[int, Callable[[UnicornContext, int], None]] = {
             Intercept.CPUID: self._cpuid,
             Intercept.MSR: self._msr,
             Intercept.HLT: self._hlt,
@@ -517,7 +539,8 @@ class UnicornEngine:
             Intercept.SWINT: self._soft_interrupt,
         }
         own.update(dict.fromkeys(range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), self._exception))
-        table = {number: (self._unexpected, 0) for number in range(0x200)}
+        table: dict[int, tuple[Callable[[UnicornContext, int], None], int]]
+        table = dict.fromkeys(range(0x200), (self._unexpected, 0))
         table.update({0x100 + code: (handler, self.costs.exit_ns) for code, handler in leaving.items()})
         table.update({0x100 + code: (handler, 0) for code, handler in own.items()})
         for code in (Intercept.RDTSC, Intercept.RDTSCP):
@@ -546,20 +569,24 @@ class UnicornEngine:
 
     def code_bytes(self, context: UnicornContext, length: int) -> bytes:
         """The instruction bytes at RIP, as many of ``length`` as are mapped executable."""
-        state = context.state
-        linear = state.q[_EIP]
-        if not state.d[_HFLAGS] & Hf.CS64:
-            linear = linear + state.q[Env.SEGS + 24 + 8 >> 3] & _M32
-        for n in (length, 1):
-            if not lib.uc_vmem_read(self._uc, linear, 4, self._scratch, n):
-                return self._scratch.raw[:n]
-        return b""
+        linear = self._linear_rip(context.state)
+        near = min(length, PAGE - linear % PAGE)
+        code = self._fetch(linear, near)
+        return code + self._fetch(linear + near, length - near) if code and near < length else code
+
+    def _fetch(self, linear: int, length: int) -> bytes:
+        error = lib.uc_vmem_read(self._uc, linear, lib.const.UC_PROT_EXEC, self._scratch, length)
+        return b"" if error else self._scratch.raw[:length]
+
+    def _linear_rip(self, state: EnvState) -> int:
+        rip: int = state.q[_EIP]
+        return rip if state.d[_HFLAGS] & Hf.CS64 else rip + state.q[Env.SEGS + 24 + 8 >> 3] & _M32
 
     def _skip(self, context: UnicornContext, length: int) -> None:
         """Step over the intercepted instruction; the shadow of a preceding STI ends."""
         q, d = context.state.q, context.state.d
         flags = d[_HFLAGS]
-        q[_EIP] = q[_EIP] + length & (0xFFFF_FFFF_FFFF_FFFF if flags & Hf.CS64 else _M32)
+        q[_EIP] = q[_EIP] + length & (_M64 if flags & Hf.CS64 else _M32)
         if flags & Hf.INHIBIT_IRQ:
             d[_HFLAGS] = flags & ~Hf.INHIBIT_IRQ
 
@@ -616,13 +643,11 @@ class UnicornEngine:
     def _exception(self, context: UnicornContext, number: int) -> None:
         vector = number - 0x100 - Intercept.EXCEPTION
         state = context.state
-        if vector == _IO_VECTOR and self._io_leave:
-            self._io_leave = False
-            state.set_dr(7, self._saved_dr7)
-            state.set_dr(0, self._saved_dr0)
-            state.set_dr(6, self._saved_dr6)
-            if self._exit is not None:
-                lib.uc_emu_stop(self._uc)
+        if vector == _IO_VECTOR and self._io_armed is not None:
+            for register, value in zip((0, 6, 7), self._io_armed, strict=True):
+                state.set_dr(register, value)
+            self._io_armed = None
+            lib.uc_emu_stop(self._uc)
             return
         if vector == 6 and self.code_bytes(context, 3) in (b"\x0f\x01\xc1", b"\x0f\x01\xd9"):
             self._vmcall(context, number)
@@ -663,7 +688,7 @@ class UnicornEngine:
             self.cells[0] += self._exit_ns
             assert self.current is not None
             value = self.current.port.on_in(port, size) & (1 << 8 * size) - 1
-            if self._io_leave:
+            if self._exit is not None:
                 self._arm_io_exit(port)
             return value
         except BaseException as error:
@@ -675,7 +700,7 @@ class UnicornEngine:
             self.cells[0] += self._exit_ns
             assert self.current is not None
             self.current.port.on_out(port, size, value & (1 << 8 * size) - 1)
-            if self._io_leave:
+            if self._exit is not None:
                 self._arm_io_exit(port)
         except BaseException as error:
             self._fail(error)
@@ -685,29 +710,27 @@ class UnicornEngine:
         assert self.current is not None
         self._sync_in()
         state = self.current.state
-        self._saved_dr0, self._saved_dr6, self._saved_dr7 = state.get_dr(0), state.get_dr(6), state.get_dr(7)
+        self._io_armed = state.get_dr(0), state.get_dr(6), state.get_dr(7)
         state.set_dr(0, port)
         state.set_dr(7, 0x2_0402)  # G0, R/W0 = I/O, one byte
         self._sync_out()
 
     def _on_syscall(self, _uc: int, _user: int) -> None:
-        """SYSCALL (SDM vol. 2B): the core only steps over it, so the transition is ours."""
+        self._transition(lambda state: syscall(state, state.rip + 2 & _M64))
+
+    def _on_sysenter(self, _uc: int, _user: int) -> None:
+        self._transition(sysenter)
+
+    def _transition(self, enter: Callable[[EnvState], int | None]) -> None:
+        """SYSCALL or SYSENTER: the core steps over the two bytes afterwards."""
         try:
             context = self.current
             assert context is not None
             self._sync_in()
-            state = context.state
-            q, d = state.q, state.d
-            flags = self.read_register(lib.x86.UC_X86_REG_EFLAGS)
-            star, mask = q[Env.STAR >> 3], q[Env.FMASK >> 3]
-            q[Reg.RCX] = q[_EIP] + 2 & 0xFFFF_FFFF_FFFF_FFFF
-            q[Reg.R11] = flags & ~0x1_0000
-            selector = star >> 32 & 0xFFFC
-            state.set_segment(Seg.CS, Segment(selector, 0, _M32, 0xAF_9B00))
-            state.set_segment(Seg.SS, Segment(selector + 8, 0, _M32, 0xCF_9300))
-            state.rflags = flags & ~mask & ~0x1_0000
-            d[_HFLAGS] &= ~Hf.INHIBIT_IRQ
-            q[_EIP] = q[Env.LSTAR >> 3] - 2 & 0xFFFF_FFFF_FFFF_FFFF  # the core adds the length
+            vector = enter(context.state)
+            if vector is not None:
+                context.port.on_exception(vector, 0 if vector in _WITH_ERROR else None, 0)
+            context.state.rip -= 2
             self._sync_out()
         except BaseException as error:
             self._fail(error)

@@ -8,21 +8,25 @@ lock away costs more than the slice).
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
-import unicorn
 import unicorn.unicorn_py3.unicorn as binding
 from unicorn import unicorn_const, x86_const
 
 __all__ = [
     "HOOK_BLOCK_T",
+    "HOOK_EDGE_T",
     "HOOK_INTR_T",
     "HOOK_IN_T",
+    "HOOK_MEM_T",
     "HOOK_OUT_T",
     "HOOK_SYSCALL_T",
     "address_of",
     "check",
     "const",
+    "ctl",
+    "hook_add",
+    "words",
     "x86",
 ]
 
@@ -46,7 +50,7 @@ HOOK_EDGE_T = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)
 HOOK_IN_T = ctypes.CFUNCTYPE(c_uint32, c_void_p, c_uint32, c_int, c_void_p)
 HOOK_OUT_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_int, c_uint32, c_void_p)
 HOOK_SYSCALL_T = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
-HOOK_CPUID_T = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p)
+HOOK_MEM_T = ctypes.CFUNCTYPE(ctypes.c_bool, c_void_p, c_int, c_uint64, c_int, c_int64, c_void_p)
 MMIO_READ_T = ctypes.CFUNCTYPE(c_uint64, c_void_p, c_uint64, c_uint32, c_void_p)
 MMIO_WRITE_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_uint64, c_void_p)
 
@@ -84,7 +88,6 @@ _variadic = ctypes.CDLL(raw._name)
 CTL_EXITS_ENABLE = const.UC_CTL_UC_USE_EXITS | 1 << 26 | 1 << 30
 CTL_TLB_FLUSH = const.UC_CTL_TLB_FLUSH | 1 << 30
 CTL_TB_FLUSH = const.UC_CTL_TB_FLUSH | 1 << 30
-CTL_TB_REMOVE = const.UC_CTL_TB_REMOVE_CACHE | 2 << 26 | 1 << 30
 CTL_TCG_BUFFER = const.UC_CTL_TCG_BUFFER_SIZE | 1 << 26 | 1 << 30
 
 
