@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WARMUP_ROUNDS", "Experiment", "Measurement", "Workload", "measure", "report"]
 
-WARMUP_ROUNDS: Final = 6
+WARMUP_ROUNDS: Final = 12
 _OK: Final = 1  # (0 << 1) | 1 on the debug-exit port: the guest's own check passed
 
 
