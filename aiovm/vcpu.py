@@ -203,6 +203,11 @@ class Vcpu:
         """KVM_HC_KICK_CPU reached this vCPU: a sticky token that its next HLT consumes."""
         self.accept_apic(DeliveryMode.REMOTE_READ, 0, level=False, trigger_level=False, source=source)
 
+    def notice_extint(self) -> None:
+        """The 8259s want this vCPU's attention; at the loop's time."""
+        self.make_request(Request.EVENT)
+        self.kick()
+
     def inject_nmi(self) -> None:
         """KVM_NMI."""
         self.accept_apic(DeliveryMode.NMI, 2, level=True, trigger_level=False)

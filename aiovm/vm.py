@@ -16,17 +16,17 @@ import enum
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
+from aiovm.acpi import Board, write_tables
 from aiovm.bus import Bus
 from aiovm.clock import Timer, VirtualClock, new_cells
 from aiovm.cpuid import CpuidTable
 from aiovm.devices.debug_exit import DebugExit
-from aiovm.devices.uart16550 import Uart16550
 from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, StateError, TripleFault, UnhandledExit
 from aiovm.exits import EngineFault, Exit, Shutdown, SystemEvent
-from aiovm.irq import IrqLine
 from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
@@ -34,6 +34,7 @@ from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
 from aiovm.loaders import LoadedImage, Module, apply, load
 from aiovm.memory import GuestMemory
 from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
+from aiovm.pc import Pc
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
 from aiovm.vcpu import MpState, Vcpu
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["LifeState", "Outcome", "Vm"]
 
 _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
-_COM1, _DEBUG_EXIT = 0x3F8, 0xF4
+_DEBUG_EXIT = 0xF4
 _MAX_VCPUS = 255
 
 
@@ -94,6 +95,7 @@ class Vm:
 
     ``memory``: bytes of RAM. ``ple``: pause-loop exiting. ``halt_poll_ns``: the longest halt poll (KVM's default).
     ``features``: what KVM's CPUID leaf promises. ``native``, ``pointers``: the engine's paths, for tests.
+    ``nodes``: NUMA nodes, each with an equal share of CPUs and memory.
     ``console``: called with each byte string that the guest writes to its first serial port.
     """
 
@@ -111,6 +113,7 @@ class Vm:
         native: bool | None = None,
         pointers: bool | None = None,
         wall_slice_ns: int = 1_000_000,
+        nodes: int = 1,
     ) -> None:
         if not 1 <= vcpus <= _MAX_VCPUS:
             raise ConfigError(f"a machine has 1 to {_MAX_VCPUS} vCPUs, not {vcpus}")
@@ -138,9 +141,7 @@ class Vm:
         self.ports = Bus("port", 16)
         self.mmio = Bus("MMIO", 52)
         self._console = console
-        self.serial = Uart16550(IrqLine(), self._put, on_room=self._type)
         self._typed = bytearray()
-        self.ports.register(_COM1, 8, self.serial)
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
 
         virtual = isinstance(self.clock, VirtualClock)
@@ -163,6 +164,8 @@ class Vm:
         self.lapics = [Lapic(i, bsp=i == 0, maxphyaddr=40) for i in range(vcpus)]
         self.apic_map = ApicMap(self.lapics)
         self.vcpus = tuple(Vcpu(self, i, vcpu_id=i, apic=self.lapics[i]) for i in range(vcpus))
+        self.nodes = nodes
+        self.pc = Pc(self, sink=self._put, on_room=self._type)
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.image: LoadedImage | None = None
 
@@ -182,10 +185,18 @@ class Vm:
         cmdline: str = "",
         modules: Sequence[Module] = (),
         kind: str | None = None,
+        unpack: bool = True,
     ) -> LoadedImage:
-        """Put ``image`` into memory and the first vCPU at its entry; the kind is found by itself."""
+        """Put ``image`` into memory and the first vCPU at its entry; the kind is found by itself.
+
+        Firmware's tables (:mod:`aiovm.acpi`) are stored first. ``unpack``: see :func:`aiovm.loaders.load`.
+        """
         self._move(LifeEvent.LOAD)
-        self.image = load(image, name=name, memory=self.memory, cmdline=cmdline, modules=modules, kind=kind)
+        slots = tuple((slot.base, slot.size) for slot in self.memory.map.slots)
+        rsdp = write_tables(Board(tuple(v.vcpu_id for v in self.vcpus), slots, nodes=self.nodes), self.memory)
+        self.image = load(
+            image, name=name, memory=self.memory, cmdline=cmdline, modules=modules, kind=kind, unpack=unpack, rsdp=rsdp
+        )
         apply(self.image.entry, self.vcpus[0].context.state)
         return self.image
 
@@ -258,10 +269,11 @@ class Vm:
         self.call_at(self.clock.now(), self._type)
 
     def _type(self) -> None:
-        room = self.serial.room
+        room = self.pc.serial.room
         if room and self._typed:
-            taken = self.serial.feed(bytes(self._typed[:room]), self.clock.now())
+            taken = self.pc.serial.feed(bytes(self._typed[:room]), self.clock.now())
             del self._typed[:taken]
+            self.pc.rearm(self.pc.serial)
 
     # ---- time --------------------------------------------------------------------------------------------------
 
@@ -323,31 +335,37 @@ class Vm:
                 self._accept(source, target, message)
                 source.port.update_irq_window()
             else:
-                self.call_at(
-                    self.clock.now() + self.costs.ipi_ns, lambda target=target: self._accept(source, target, message)
-                )
+                self.call_at(self.clock.now() + self.costs.ipi_ns, partial(self._accept, source, target, message))
         return len(targets)
 
-    def _accept(self, source: Vcpu, target: Vcpu, message: IpiMessage) -> None:
+    def _accept(self, source: Vcpu | None, target: Vcpu, message: IpiMessage) -> None:
         target.accept_apic(
             message.mode,
             message.vector,
             level=message.level,
             trigger_level=message.trigger_level,
-            source=source.thread.number,
+            source=-1 if source is None else source.thread.number,
         )
 
     def apic_map_changed(self) -> None:
         self.apic_map.recalculate()
 
+    def deliver_message(self, message: IpiMessage) -> int:
+        """A message of the I/O APIC's or an MSI: how many local APICs take it, -1 when none is addressed."""
+        targets = self.apic_map.targets(message, None)
+        now = self.clock.now()
+        for index in targets:
+            self.call_at(now, partial(self._accept, None, self.vcpus[index], message))
+        return len(targets) or -1
+
     def broadcast_eoi(self, vector: int, *, level: bool) -> None:
-        """No I/O APIC yet hears it."""
+        self.pc.broadcast_eoi(vector, level=level)
 
     def pic_pending(self, vcpu: Vcpu) -> bool:
-        return False
+        return self.pc.pending(vcpu)
 
     def pic_vector(self, vcpu: Vcpu) -> int:
-        return -1
+        return self.pc.pic.acknowledge()
 
     def unclaimed_in(self, vcpu: Vcpu, port: int, size: int) -> int:
         if self.trace.on:
