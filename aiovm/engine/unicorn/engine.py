@@ -213,6 +213,7 @@ class UnicornEngine:
         self._dirty_code = False
         #: Nothing is translated yet: the core does not tell of its first block.
         self._first = True
+        self._watching_rom = False
         #: The paging registers for which the TLB's contents hold; vCPUs that share them share it.
         self._tlb_of: tuple[int, int, int, int] | None = None
         self._emu_start = lib.uc_emu_start if release_gil else lib.uc_emu_start_holding
@@ -319,7 +320,6 @@ class UnicornEngine:
         add(c.UC_HOOK_INSN, keep(lib.HOOK_OUT_T(self._on_out)), ctypes.c_int(x86.UC_X86_INS_OUT))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_syscall)), ctypes.c_int(x86.UC_X86_INS_SYSCALL))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_sysenter)), ctypes.c_int(x86.UC_X86_INS_SYSENTER))
-        add(c.UC_HOOK_MEM_WRITE_PROT, keep(lib.HOOK_MEM_T(self._on_rom_write)))
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
@@ -339,6 +339,8 @@ class UnicornEngine:
                 rights = 5 if slot.flags & SlotFlags.READONLY else 7
                 error = lib.uc_mem_map_ptr(self._uc, low, high - low, rights, slot.host_address)
             lib.check(error, f"map {low:#x}+{high - low:#x}")
+        if any(slot.flags & SlotFlags.READONLY for slot in new.slots):
+            self._watch_rom()
         self.budget.cover(max((slot.end for slot in new.slots), default=0))
         if self.current is not None:
             self.current.state.paging_changed = True
@@ -372,6 +374,16 @@ class UnicornEngine:
             self.current.port.on_mmio_write(gpa, size, value & (1 << 8 * size) - 1)
         except BaseException as error:
             self._fail(error)
+
+    def _watch_rom(self) -> None:
+        """Hear of stores to read-only slots. Only where there are any: a memory hook of whatever kind sends every load
+        and store through the core's slow path, which costs a factor of fifteen (benchmarks/bench_engine.py)."""
+        if not self._watching_rom:
+            self._watching_rom = True
+            callback = lib.HOOK_MEM_T(self._on_rom_write)
+            self._keep.append(callback)
+            kind = lib.const.UC_HOOK_MEM_WRITE_PROT
+            lib.check(lib.hook_add(self._uc, kind, lib.address_of(callback), 0), "hook stores to ROM")
 
     def _on_rom_write(self, _uc: int, _kind: int, gpa: int, size: int, value: int, _user: int) -> bool:
         """A store to a read-only slot is MMIO, and the core drops it. An unaligned one comes again byte by byte."""
