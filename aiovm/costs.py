@@ -28,6 +28,9 @@ class Costs:
     ipi_ns: int = 500
     #: A thread switch on a physical CPU, kernel entry to first instruction: the order of lmbench's lat_ctx.
     context_switch_ns: int = 1_500
+    #: An attempt to yield to another CPU's thread: two run queues' locks and the task's, each a cache line owned by
+    #: another CPU, at the order of 100 ns a transfer (Molka et al., PACT 2009). Ours, from that count.
+    yield_ns: int = 500
     #: Delivering an interrupt or exception: microcode and stack frame, ours.
     inject_ns: int = 100
     #: By how much CPUs of one machine may run apart: the interleaving quantum. Ours; see the timing model's page.

@@ -108,6 +108,8 @@ class SpinOptions:
 
     #: Yield to somebody at all (2.6.39, 2011); else the exit has no consequence.
     directed: bool = True
+    #: Only who wants a CPU and has none is asked (3.10, 2013); else everybody who does not sleep.
+    ready_filter: bool = True
     #: 3.7, 2012.
     eligibility_filter: bool = True
     #: VMX's handler asks for it always, as PAUSE-loop exits happen at CPL 0 only (4.14, 2017).
@@ -162,7 +164,7 @@ def on_spin(
         vcpu = vcpus[index]
         probes += 1
         wants_cpu = vcpu.ready if options.boost_woken else vcpu.preempted
-        if not wants_cpu or (vcpu.blocking and not vcpu.dy_runnable()):
+        if (options.ready_filter and not wants_cpu) or (vcpu.blocking and not vcpu.dy_runnable()):
             continue
         # Who was merely woken is taken as in the kernel; so is who has an interrupt waiting, for the spinner may wait
         # for the answer to an IPI.

@@ -149,6 +149,8 @@ class Vcpu:
         #: Says whether this vCPU holds a lock of the guest's, where the guest keeps such a word.
         self.lock_probe: Callable[[Vcpu], bool] | None = None
         self._yielded = False
+        #: ns of the host's own work on this CPU that virtual time has yet to see.
+        self._owed = 0
 
     # ---- the face that other vCPUs, chips and the host see -----------------------------------------------------
 
@@ -336,6 +338,9 @@ class Vcpu:
                 self.immediate_exit = False
                 self.stat.signal_exits += 1
                 return Interrupted()
+            if self._owed:
+                owed, self._owed = self._owed, 0
+                await thread.alarm.until(clock.now() + owed)
             if thread.resched and host.preempt(thread, yielded=self._yielded):
                 await thread.alarm
             self._yielded = self.in_spin_loop = self.dy_eligible = False
@@ -436,6 +441,8 @@ class Vcpu:
         self._load_ple()
         outcome = on_spin(vm.vcpus, self.index, vm.last_boosted_vcpu, self._yield_to, vm.spin_options)
         self.stat.directed_yield_attempted += outcome.tries
+        if vm.clock.is_virtual:
+            self._owed += outcome.tries * vm.costs.yield_ns
         if outcome.target >= 0:
             vm.last_boosted_vcpu = outcome.target
             self.stat.directed_yield_successful += 1

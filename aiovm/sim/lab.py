@@ -20,6 +20,7 @@ from aiovm.sim.machine import SimMachine
 from aiovm.sim.meter import Meter
 from aiovm.sim.result import SimResult, VmResult
 from aiovm.sim.workloads import install
+from aiovm.spin import PleParams
 from aiovm.stats import jain
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class _Guest:
             spin_options=features.spin_options,
             kick_yields=features.kick_yields,
             halt_poll_ns=features.halt_poll,
+            ple_params=PleParams() if features.ple_grows else PleParams(grow=0),
         )
         self.meter = Meter(spec.vcpus)
         install(self.machine, spec.workload, self.meter)

@@ -27,7 +27,7 @@ from aiovm.lapic_message import DeliveryMode
 from aiovm.memory import GuestMemory
 from aiovm.paravirt import DEFAULT_FEATURES
 from aiovm.sim.port import SimPort
-from aiovm.spin import SpinOptions
+from aiovm.spin import PleParams, PleWindow, SpinOptions
 from aiovm.trace import Kind
 from aiovm.vcpu import MpState, Vcpu
 
@@ -62,6 +62,7 @@ class SimMachine:
         spin_options: SpinOptions | None = None,
         kick_yields: bool = True,
         halt_poll_ns: int = 200_000,
+        ple_params: PleParams | None = None,
     ) -> None:
         if not 1 <= vcpus <= _MAX_VCPUS:
             raise ConfigError(f"a model machine has 1 to {_MAX_VCPUS} vCPUs, not {vcpus}")
@@ -76,6 +77,7 @@ class SimMachine:
         self.ple = ple
         self.spin_options = SpinOptions() if spin_options is None else spin_options
         self.kick_yields = kick_yields
+        self.ple_params = PleParams() if ple_params is None else ple_params
         self.halt_poll_ns = halt_poll_ns
         self.last_boosted_vcpu = 0
         self.memory = GuestMemory()
@@ -97,6 +99,7 @@ class SimMachine:
         apic = Lapic(index, bsp=index == 0)
         apic.mmio_write(_SPIV, 4, _SOFTWARE_ENABLED, 0)
         vcpu = Vcpu(self, index, vcpu_id=index, apic=apic, port=lambda vcpu: SimPort(vcpu, self))
+        vcpu.ple = PleWindow(self.ple_params)
         vcpu.set_mp_state(MpState.RUNNABLE)
         vcpu.on_sched_out = self._count_preemption
         vcpu.lock_probe = self._holds_lock
@@ -148,6 +151,9 @@ class SimMachine:
     def kick_slice(self, context: Context) -> None:
         assert isinstance(context, ModelContext)
         context.interrupt_slice()
+
+    async def between_slices(self) -> None:
+        """Model guests share nothing that a slice could be in the middle of."""
 
     # ---- time ----------------------------------------------------------------------------------------------------
 

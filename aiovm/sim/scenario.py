@@ -92,13 +92,24 @@ class KernelBuild(_Strict, frozen=True, tag="kernel-build", tag_field="kind"):
 
 
 class Ebizzy(_Strict, frozen=True, tag="ebizzy", tag_field="kind"):
-    """Like ebizzy: search at CPL 3, then map and unmap memory, which flushes the TLBs of all other CPUs and waits."""
+    """Like ebizzy: search at CPL 3, then map and unmap memory: a few critical sections of the address space's locks,
+    and every so often a flush of the TLBs of all other CPUs, which is waited for."""
 
-    user: Ns = Ns(200_000)
+    lock: LockKind = "pvqspinlock"
+    user: Ns = Ns(50_000)
     kernel: Ns = Ns(5_000)
+    sections: Annotated[int, Meta(ge=0, le=64)] = 2
+    hold: Ns = Ns(1_000)
+    locks: Annotated[int, Meta(ge=1, le=4096)] = 1
+    #: One round in so many flushes.
+    flush_every: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     call: Ns = Ns(500)
     pv_flush: bool = False
     pv_yield: bool = False
+    spin: Annotated[int, Meta(ge=1, le=1 << 32)] = 1 << 15
+    wait_early: bool = True
+    steal: bool = True
+    sees_preemption: bool = False
 
 
 class Dbench(_Strict, frozen=True, tag="dbench", tag_field="kind"):
@@ -135,7 +146,10 @@ class Features(_Strict, frozen=True):
     """KVM's features; all on is 6.16."""
 
     ple: bool = True
+    #: The window grows with each exit (3.16, 2014).
+    ple_grows: bool = True
     directed_yield: bool = True
+    ready_filter: bool = True
     eligibility_filter: bool = True
     kernel_mode_filter: bool = True
     boost_woken: bool = True
@@ -149,6 +163,7 @@ class Features(_Strict, frozen=True):
         """As the directed yield wants them."""
         return SpinOptions(
             directed=self.directed_yield,
+            ready_filter=self.ready_filter,
             eligibility_filter=self.eligibility_filter,
             kernel_mode_filter=self.kernel_mode_filter,
             boost_woken=self.boost_woken,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["install", "make_lock"]
 
 
-def make_lock(spec: LockBound | KernelBuild | Dbench, kernel: GuestKernel) -> Lock:
+def make_lock(spec: LockBound | KernelBuild | Dbench | Ebizzy, kernel: GuestKernel) -> Lock:
     """One lock of the kind that ``spec`` names."""
     preempted = kernel.is_preempted if spec.sees_preemption else None
     match spec.lock:
@@ -73,7 +73,8 @@ def install(machine: SimMachine, workload: Workload, meter: Meter) -> None:
             locks = [make_lock(workload, kernel) for _ in range(workload.locks)]
             _start(machine, lambda cpu: _system_calls(cpu, workload, locks, meter))
         case Ebizzy():
-            _start(machine, lambda cpu: _ebizzy(cpu, workload, kernel, meter))
+            locks = [make_lock(workload, kernel) for _ in range(workload.locks)]
+            _start(machine, lambda cpu: _ebizzy(cpu, workload, kernel, locks, meter))
         case TcpRr():
             _start(machine, lambda cpu: _tcp_rr(cpu, workload, meter))
 
@@ -122,19 +123,23 @@ def _system_calls(cpu: ModelContext, spec: KernelBuild | Dbench, locks: list[Loc
         meter.ops[cpu.index] += 1
 
 
-def _ebizzy(cpu: ModelContext, spec: Ebizzy, kernel: GuestKernel, meter: Meter) -> Program:
+def _ebizzy(cpu: ModelContext, spec: Ebizzy, kernel: GuestKernel, locks: list[Lock], meter: Meter) -> Program:
     user = draw(cpu.random, "exp", spec.user)
-    work = draw(cpu.random, "exp", spec.kernel)
+    part = draw(cpu.random, "exp", spec.kernel // max(1, spec.sections))
+    hold = draw(cpu.random, "exp", spec.hold)
     everybody = range(len(kernel.machine.vcpus))
     yield cpu.enable_interrupts()
     while True:
         cpu.user()
         yield user()
         cpu.kernel()
-        yield work()
-        asked = cpu.now()
-        yield from kernel.call_others(cpu, everybody)
-        meter.waited(cpu.now() - asked)
+        for _ in range(spec.sections):
+            yield part()
+            yield from _section(cpu, locks[cpu.random.randrange(len(locks))], hold(), meter)
+        if not cpu.random.randrange(spec.flush_every):
+            asked = cpu.now()
+            yield from kernel.call_others(cpu, everybody)
+            meter.waited(cpu.now() - asked)
         meter.ops[cpu.index] += 1
 
 

@@ -197,3 +197,10 @@ def test_before_2019_a_woken_vcpu_was_no_candidate():
     woken = V(preempted=False, interrupt=True)
     assert on_spin([V(), woken], 0, 0, Host(), SpinOptions(boost_woken=False)).target == -1
     assert on_spin([V(), woken], 0, 0, Host(), SpinOptions()).target == 1
+
+
+def test_before_2013_running_vcpus_were_asked_too():
+    running = V(ready=False, preempted=False)
+    host = Host(0)
+    assert on_spin([V(), running], 0, 0, host, SpinOptions(ready_filter=False)).tries == 1
+    assert on_spin([V(), running], 0, 0, host, SpinOptions()).tries == 0
