@@ -312,9 +312,11 @@ class WallClock:
         self._hint_at = FOREVER
         heap = self._heap
         now = self.now()
-        while heap and heap[0][0] <= now:
-            heapq.heappop(heap)[2]()
-        self._arm()
+        try:
+            while heap and heap[0][0] <= now:
+                heapq.heappop(heap)[2]()
+        finally:
+            self._arm()  # a callback that raises does not stop the others' time
 
     def horizon(self) -> int:
         """A wall-clock slice is bounded by its own length only."""

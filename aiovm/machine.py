@@ -100,7 +100,13 @@ class Machine(Protocol):
         """The hypercalls that concern the whole machine; -1000 for one that does not exist."""
 
     async def run_slice(self, context: Context, budget: int) -> Exit:
-        """One slice that is waited for, ``budget`` charged ns long at most; on the wall clock in a worker thread."""
+        """One slice that is waited for, ``budget`` charged ns long at most; on the wall clock in a worker thread.
+
+        The slice does not begin when :meth:`kick_slice` came while it waited for its turn.
+        """
 
     def kick_slice(self, context: Context) -> None:
         """End the slice that :meth:`run_slice` runs for ``context`` soon."""
+
+    async def between_slices(self) -> None:
+        """Wait until no slice of this machine runs: a vCPU that has slept touches nothing before."""

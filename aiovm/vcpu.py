@@ -13,6 +13,8 @@ Rules:
 * The wait queue is an ``asyncio.Event``: clear, test, wait, with no await between clear and test. Together with the
   sticky kick token no wake-up can be missed.
 * In virtual time ``mode`` stays IN_GUEST until the loop has reached the slice's end.
+* On the wall clock a sibling's slice may run when this coroutine wakes: it waits for that slice's end first
+  (``vm.between_slices``), and does not wait again before its own.
 
 Answers given inside a slice are in :mod:`aiovm.port`; this module holds state and waiting.
 """
@@ -271,6 +273,8 @@ class Vcpu:
             try:
                 host.wake(thread)
                 await thread.alarm
+                if not self._runs_ahead:
+                    await self.vm.between_slices()
                 return await self._vcpu_run()
             finally:
                 host.retire(thread)
@@ -343,6 +347,8 @@ class Vcpu:
                 await thread.alarm.until(clock.now() + owed)
             if thread.resched and host.preempt(thread, yielded=self._yielded):
                 await thread.alarm
+                if not self._runs_ahead:
+                    await vm.between_slices()
             self._yielded = self.in_spin_loop = self.dy_eligible = False
 
     def _service_requests(self) -> Exit | None:
@@ -533,6 +539,8 @@ class Vcpu:
             self.blocking = False
             await thread.alarm
             stat.halt_wait_ns += clock.now() - slept
+            if not self._runs_ahead:
+                await vm.between_slices()
         if may_poll:
             self.halt_poll_ns = adapt(self.halt_poll_ns, clock.now() - began, vm.halt_poll_ns)
         self.requests.clear_request(Request.UNBLOCK)
@@ -556,6 +564,8 @@ class Vcpu:
                 if vm.clock.now() >= began + window:
                     break
                 await self._poll.until(began + window)
+                if not self._runs_ahead:
+                    await vm.between_slices()
         finally:
             self._polling = False
         polled = vm.clock.now() - began

@@ -26,7 +26,7 @@ from aiovm.cpuid import CpuidTable
 from aiovm.devices.debug_exit import DebugExit
 from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, StateError, TripleFault, UnhandledExit
-from aiovm.exits import EngineFault, Exit, Shutdown, SystemEvent
+from aiovm.exits import EngineFault, Exit, Interrupted, Shutdown, SystemEvent
 from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
@@ -147,7 +147,9 @@ class Vm:
         virtual = isinstance(self.clock, VirtualClock)
         self.runs_ahead = virtual
         self._last_tsc = 0
-        self._slicing = False
+        #: On the wall clock: whose slice runs, and who was kicked while it waited for its turn.
+        self._slicing: Context | None = None
+        self._kicked: set[Context] = set()
         self._inbox: deque[Callable[[], object]] = deque()
         self._baton = asyncio.Lock()
         self._worker = None if virtual else ThreadPoolExecutor(1, f"aiovm-{self.number}")
@@ -296,26 +298,54 @@ class Vm:
 
     def _enter(self, callback: Callable[[], object]) -> None:
         """On the wall clock: now if no slice runs, else as soon as the kicked slice has ended."""
-        if self._slicing:
+        if self._slicing is not None:
             self._inbox.append(callback)
             self.engine.kick()
         else:
             callback()
 
     def kick_slice(self, context: Context) -> None:
-        self.engine.kick()
+        if self._slicing is context:
+            self.engine.kick()
+        else:
+            self._kicked.add(context)
+
+    async def between_slices(self) -> None:
+        if self._slicing is not None:
+            self.engine.kick()  # who wakes goes first, as on a busy kernel
+        async with self._baton:
+            return
 
     async def run_slice(self, context: Context, budget: int) -> Exit:
         async with self._baton:
-            self._slicing = True
-            loop = asyncio.get_running_loop()
+            if context in self._kicked:
+                self._kicked.discard(context)
+                return Interrupted()
+            self._slicing = context
             limit = self.engine.cells[0] + budget
+            slice_ = asyncio.get_running_loop().run_in_executor(self._worker, context.run, limit)
             try:
-                return await asyncio.shield(loop.run_in_executor(self._worker, context.run, limit))
+                return await self._slice_end(slice_)
             finally:
-                self._slicing = False
+                self._slicing = None
                 while self._inbox:
                     self._inbox.popleft()()
+                self._kicked.discard(context)  # it is out of guest mode
+
+    async def _slice_end(self, slice_: asyncio.Future[Exit]) -> Exit:
+        """Wait for the worker thread. Who is cancelled kicks the slice, and goes when it has ended."""
+        try:
+            return await asyncio.shield(slice_)
+        except asyncio.CancelledError:
+            while not slice_.done():
+                self.engine.kick()
+                try:
+                    await asyncio.wait([slice_])
+                except asyncio.CancelledError:
+                    continue
+            if not slice_.cancelled():
+                slice_.exception()  # looked at: nobody else will
+            raise
 
     # ---- interrupts ----------------------------------------------------------------------------------------------
 
