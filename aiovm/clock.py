@@ -72,6 +72,7 @@ class Clock(Protocol):
 
     def now(self) -> int: ...
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer: ...
+    def push(self, deadline: int, timer: Timer) -> None: ...
     def horizon(self) -> int: ...
     def lower_limit(self, deadline: int) -> None: ...
     def try_advance(self, deadline: int) -> bool: ...
@@ -93,15 +94,28 @@ class Alarm:
     ``await alarm.until(t)`` returns at time ``t``. ``await alarm`` parks until somebody says ``alarm.ring_at(t)``.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_clock", "_context", "_loop", "_rung", "_timer", "_wakeup")
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_cancelled",
+        "_context",
+        "_loop",
+        "_push",
+        "_rung",
+        "_spare",
+        "_timer",
+        "_wakeup",
+    )
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self._push = clock.push
+        # The task asks for this attribute, or for get_loop(), at each wait.
         self._loop = asyncio.get_running_loop()
         self._asyncio_future_blocking = False
         self._cancelled = False
         self._rung = False
         self._timer: Timer | None = None
+        #: The timer that rang last, out of the heap: used again.
+        self._spare: Timer | None = None
         self._wakeup: Callable[[Alarm], object] | None = None
         self._context: Context = copy_context()
 
@@ -110,7 +124,13 @@ class Alarm:
         if self._timer is not None:
             self._timer.callback = None
         self._rung = False
-        self._timer = self._clock.call_at(deadline, self._fire)
+        timer, self._spare = self._spare, None
+        if timer is None:
+            timer = Timer(deadline, self._fire)
+        else:
+            timer.callback = self._fire
+        self._timer = timer
+        self._push(deadline, timer)
 
     def disarm(self) -> None:
         """Forget an arming, and a ring that nobody has heard."""
@@ -134,18 +154,13 @@ class Alarm:
             self._cancelled = False
             raise asyncio.CancelledError
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
-
     def add_done_callback(self, wakeup: Callable[[Alarm], object], *, context: Context | None = None) -> None:
         self._wakeup = wakeup
         if context is not None:
             self._context = context
 
     def _fire(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.callback = None  # not the one that fired, when a cancellation wakes the task
+        self._spare, self._timer = self._timer, None
         wakeup, self._wakeup = self._wakeup, None
         if wakeup is None:
             self._rung = True
@@ -163,6 +178,7 @@ class Alarm:
 
     def _fire_cancelled(self) -> None:
         if self._cancelled:  # else a ring came first, and the task knows
+            self.disarm()
             self._fire()
 
     def result(self) -> None:
@@ -196,16 +212,21 @@ class VirtualClock:
 
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         """Run ``callback()`` at ``deadline`` (ns)."""
-        now = self.cells[0]
-        if deadline < now:
-            deadline = now
         timer = Timer(deadline, callback)
+        self.push(deadline, timer)
+        return timer
+
+    def push(self, deadline: int, timer: Timer) -> None:
+        """Arm ``timer``, which is in no heap, for ``deadline`` or the present, whichever is later."""
+        cells = self.cells
+        if deadline < cells[0]:
+            deadline = cells[0]
+        timer.deadline = deadline
         self._serial += 1
         heapq.heappush(self._heap, (deadline, self._serial, timer))
         limit = deadline + self.lookahead
-        if limit < self.cells[1]:
-            self.cells[1] = limit
-        return timer
+        if limit < cells[1]:
+            cells[1] = limit
 
     def horizon(self) -> int:
         """How far a slice that begins now may run: the next deadline plus the lookahead."""
@@ -281,11 +302,16 @@ class WallClock:
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         """Run ``callback()`` on the loop at ``deadline`` (ns), never early."""
         timer = Timer(deadline, callback)
+        self.push(deadline, timer)
+        return timer
+
+    def push(self, deadline: int, timer: Timer) -> None:
+        """Arm ``timer``, which is in no heap; from any thread."""
+        timer.deadline = deadline
         if threading.get_ident() != self._thread:
             self._loop.call_soon_threadsafe(self._push, timer)
         else:
             self._push(timer)
-        return timer
 
     def _push(self, timer: Timer) -> None:
         self._serial += 1

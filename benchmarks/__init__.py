@@ -1,0 +1,1 @@
+"""This project beside its neighbours, on the same work in one run: read the ratios, not the seconds."""
