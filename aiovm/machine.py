@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from aiovm.cpuid import CpuidTable
     from aiovm.engine.base import Context, Engine
     from aiovm.exits import Exit
+    from aiovm.halt_poll import HaltPollParams
     from aiovm.kvmclock import KvmClock
     from aiovm.lapic_message import IpiMessage
     from aiovm.loop import Host
@@ -51,6 +52,7 @@ class Machine(Protocol):
     last_boosted_vcpu: int
     #: KVM_CAP_HALT_POLL: the longest poll, ns; 0 turns polling off.
     halt_poll_ns: int
+    halt_poll_params: HaltPollParams
     #: A slice is executed at once and the vCPU then waits until the clock has caught up (:meth:`Context.run`); else
     #: the slice itself is waited for (:meth:`run_slice`) and a kick ends it (:meth:`kick_slice`).
     runs_ahead: bool

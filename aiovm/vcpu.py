@@ -449,11 +449,11 @@ class Vcpu:
         self.stat.directed_yield_attempted += outcome.tries
         if vm.clock.is_virtual:
             self._owed += outcome.tries * vm.costs.yield_ns
+        # KVM works, and its yield sleeps, inside the handler: for its siblings this vCPU spins until it runs again.
+        self.in_spin_loop = outcome.tries > 0
         if outcome.target >= 0:
             vm.last_boosted_vcpu = outcome.target
             self.stat.directed_yield_successful += 1
-            # KVM's yield sleeps inside the handler: for its siblings this vCPU spins until it has a CPU again.
-            self.in_spin_loop = True
 
     def _yield_to(self, index: int) -> int:
         """``kvm_vcpu_yield_to``: 1 done, 0 no use, -1 nobody else is ready."""
@@ -542,7 +542,7 @@ class Vcpu:
             if not self._runs_ahead:
                 await vm.between_slices()
         if may_poll:
-            self.halt_poll_ns = adapt(self.halt_poll_ns, clock.now() - began, vm.halt_poll_ns)
+            self.halt_poll_ns = adapt(self.halt_poll_ns, clock.now() - began, vm.halt_poll_ns, vm.halt_poll_params)
         self.requests.clear_request(Request.UNBLOCK)
         self._accept_apic_events()
         if self._runnable():

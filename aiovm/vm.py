@@ -27,6 +27,7 @@ from aiovm.devices.debug_exit import DebugExit
 from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, StateError, TripleFault, UnhandledExit
 from aiovm.exits import EngineFault, Exit, Interrupted, Shutdown, SystemEvent
+from aiovm.halt_poll import LINUX_6_16
 from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
@@ -127,6 +128,7 @@ class Vm:
         self.tsc_khz = host.costs.tsc_khz
         self.ple = ple
         self.halt_poll_ns = halt_poll_ns
+        self.halt_poll_params = LINUX_6_16
         self.spin_options = SpinOptions() if spin_options is None else spin_options
         self.last_boosted_vcpu = 0
         self.wall_slice_ns = wall_slice_ns

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aiovm.costs import Costs
+from aiovm.halt_poll import LINUX_6_16, HaltPollParams
 from aiovm.loop import Host, run
 from aiovm.policy import by_name
 from aiovm.policy.thread import ThreadState
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Laboratory", "simulate"]
 
+#: A window that never changes.
+_FIXED_POLL = HaltPollParams(grow=0, shrink=1, limit_ns=0, grow_start_ns=0)
 #: How often a progress callback is called in a run.
 _STEPS = 50
 
@@ -50,8 +53,12 @@ class _Guest:
             spin_options=features.spin_options,
             kick_yields=features.kick_yields,
             halt_poll_ns=features.halt_poll,
+            halt_poll_params=LINUX_6_16 if features.halt_poll_dynamic else _FIXED_POLL,
             ple_params=PleParams() if features.ple_grows else PleParams(grow=0),
         )
+        if not features.halt_poll_dynamic:
+            for vcpu in self.machine.vcpus:
+                vcpu.halt_poll_ns = features.halt_poll
         self.meter = Meter(spec.vcpus)
         install(self.machine, spec.workload, self.meter)
         self._before: list[int] = []

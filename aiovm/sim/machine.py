@@ -22,6 +22,7 @@ from aiovm.cpuid import CpuidTable
 from aiovm.engine.model import ModelContext, ModelEngine
 from aiovm.errors import ConfigError
 from aiovm.kvmclock import KvmClock
+from aiovm.halt_poll import LINUX_6_16
 from aiovm.lapic import Lapic
 from aiovm.lapic_message import DeliveryMode
 from aiovm.memory import GuestMemory
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from aiovm.engine.base import Context, Engine
     from aiovm.engine.model import Program
     from aiovm.exits import Exit
+    from aiovm.halt_poll import HaltPollParams
     from aiovm.lapic_message import IpiMessage
     from aiovm.loop import Host
 
@@ -62,6 +64,7 @@ class SimMachine:
         spin_options: SpinOptions | None = None,
         kick_yields: bool = True,
         halt_poll_ns: int = 200_000,
+        halt_poll_params: HaltPollParams = LINUX_6_16,
         ple_params: PleParams | None = None,
     ) -> None:
         if not 1 <= vcpus <= _MAX_VCPUS:
@@ -79,6 +82,7 @@ class SimMachine:
         self.kick_yields = kick_yields
         self.ple_params = PleParams() if ple_params is None else ple_params
         self.halt_poll_ns = halt_poll_ns
+        self.halt_poll_params = halt_poll_params
         self.last_boosted_vcpu = 0
         self.memory = GuestMemory()
         self.ports = Bus("port", 16)
