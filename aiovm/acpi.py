@@ -131,15 +131,16 @@ def _gas(address: int, bits: int) -> bytes:
 def _fadt(facs: int, dsdt: int) -> bytes:
     """5.2.9, revision 6. No SMI command port: the hardware is always in ACPI mode."""
     event, control, timer = PM_BASE, PM_BASE + 4, PM_BASE + 8
-    legacy_devices_and_8042 = 0x3
-    no_vga = 0x4
-    flags = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 8 | 1 << 10  # WBINVD, C1, no sleep button, 32-bit timer, reset register
+    # ISA devices but no VGA. The 8042 has no keyboard and is not announced: guests would wait for one.
+    legacy = 1 << 0 | 1 << 2
+    # WBINVD, C1, no sleep button, no RTC wake-up, 32-bit timer, reset register.
+    flags = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10
     body = struct.pack(
         "<IIBBHIBBBBIIIIIIIIBBBBBBBBHHHHBBBBBHBI",
         facs, dsdt, 0, 0, SCI, 0, 0, 0, 0, 0,
         event, 0, control, 0, 0, timer, 0, 0,
         4, 2, 0, 4, 0, 0, 0, 0,
-        0xFFF, 0xFFF, 0, 0, 0, 0, 0, 0, 0x32, legacy_devices_and_8042 | no_vga, 0, flags,
+        0xFFF, 0xFFF, 0, 0, 0, 0, 0, 0, 0x32, legacy, 0, flags,
     )  # fmt: skip
     body += _gas(RESET_PORT, 8) + struct.pack("<BHB", _RESET_VALUE, 0, 5)
     body += struct.pack("<QQ", facs, dsdt)

@@ -52,6 +52,8 @@ __all__ = ["LifeState", "Outcome", "Vm"]
 _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
 _DEBUG_EXIT = 0xF4
 _MAX_VCPUS = 255
+#: What firmware leaves in the boot CPU's local APIC: enabled, LINT0 takes the 8259's interrupts, LINT1 is NMI.
+_FIRMWARE_APIC = ((0x0F0, 0x1FF), (0x350, 0x700), (0x360, 0x400))
 
 
 class LifeState(enum.Enum):
@@ -202,6 +204,10 @@ class Vm:
             image, name=name, memory=self.memory, cmdline=cmdline, modules=modules, kind=kind, unpack=unpack, rsdp=rsdp
         )
         apply(self.image.entry, self.vcpus[0].context.state)
+        boot_apic = self.lapics[0]
+        for register, value in _FIRMWARE_APIC:
+            boot_apic.mmio_write(register, 4, value, self.clock.now())
+        self.apic_map_changed()
         return self.image
 
     async def run(self) -> Outcome:

@@ -434,6 +434,7 @@ class UnicornEngine:
     def apply_window(self, wanted: bool) -> None:
         """Open or close the interrupt window of the loaded vCPU."""
         if self.pointers:
+            wanted = wanted and self._exit is None
             self._virq.value = 1 if wanted else 0
             if wanted:
                 self._pending.value = 0xFFFF
@@ -461,8 +462,8 @@ class UnicornEngine:
             self._sync_out()
             lib.uc_ctl_0(self._uc, lib.CTL_TLB_FLUSH)
         self.budget.struct.ple_window = context.ple_window
-        self.apply_window(context.window)
         self._exit = None
+        self.apply_window(context.window)
         # Invariant: a kick stores its flag, then the limit; here the other way round. One of the two sees it.
         self.cells[1] = limit
         if self._kicked:
@@ -513,6 +514,7 @@ class UnicornEngine:
     def leave(self, exit_: Exit) -> None:
         """End the slice with ``exit_``: at once from an intercept or an I/O instruction, else at the next block."""
         self._exit = exit_
+        self.apply_window(False)
         if self._in_interrupt:
             lib.uc_emu_stop(self._uc)
         else:
