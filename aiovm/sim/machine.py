@@ -21,8 +21,8 @@ from aiovm.clock import VirtualClock
 from aiovm.cpuid import CpuidTable
 from aiovm.engine.model import ModelContext, ModelEngine
 from aiovm.errors import ConfigError
-from aiovm.kvmclock import KvmClock
 from aiovm.halt_poll import LINUX_6_16
+from aiovm.kvmclock import KvmClock
 from aiovm.lapic import Lapic
 from aiovm.lapic_message import DeliveryMode
 from aiovm.memory import GuestMemory

@@ -1,0 +1,167 @@
+"""Rows about who gets a spinner's CPU: directed yield and its history (rows 7 to 10, C)."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from msgspec.structs import replace
+
+from aiovm.sim.paper.row import Row, Runs, Verdict, scenario, throughputs
+from aiovm.sim.scenario import Ebizzy, Features, KernelBuild, Ns
+
+__all__ = ["ROWS"]
+
+
+def _gains(runs: Runs, after: str, before: str) -> list[float]:
+    return [100 * (a / b - 1) for a, b in zip(throughputs(runs, after), throughputs(runs, before), strict=True)]
+
+
+# ---- 7: pause-loop exits, 2011 and 2012 --------------------------------------------------------------------------
+
+#: 2011's scan: everybody who does not sleep is asked, the window does not grow.
+_2011 = Features(
+    ple_grows=False,
+    ready_filter=False,
+    eligibility_filter=False,
+    kernel_mode_filter=False,
+    boost_woken=False,
+    kick_yields=False,
+)
+_PLE = {
+    "none": replace(_2011, directed_yield=False),
+    "random": _2011,
+    "filter": replace(_2011, eligibility_filter=True),
+}
+_EBIZZY_2012 = Ebizzy(lock="ticket")
+
+
+def _judge_7(runs: Runs) -> Verdict:
+    yields = _gains(runs, "random 2", "none 2")
+    first, second = _gains(runs, "filter 1", "random 1"), _gains(runs, "filter 2", "random 2")
+    return Verdict(
+        second,
+        {
+            "yield beats none at 2x": min(yields) > 0,
+            "filter no worse at 2x": min(second) >= 0,
+            "gain at 1x above 2x": median(first) > median(second),
+        },
+        f"at 2x a random yield gains {median(yields):+.0f} %, the filter {median(second):+.1f} % more; "
+        f"at 1x {median(first):+.1f} %",
+    )
+
+
+# ---- 8: boost who was woken for an interrupt, 9: kick yields -----------------------------------------------------
+
+_2019 = Features(boost_woken=False, kick_yields=False)
+_BOOSTED = Features(kick_yields=False)
+_EBIZZY_2019 = Ebizzy(lock="pvqspinlock")
+
+
+def _judge_8(runs: Runs) -> Verdict:
+    gain = {n: _gains(runs, f"boost {n}", f"before {n}") for n in (1, 2, 3)}
+    middle = {n: median(g) for n, g in gain.items()}
+    return Verdict(
+        gain[2],
+        {"peak at 2": max(middle, key=lambda n: middle[n]) == 2, "a gain at 2 and 3": min(middle[2], middle[3]) > 0},
+        "gain " + ", ".join(f"{middle[n]:+.1f} %" for n in (1, 2, 3)) + " with 1, 2, 3 machines",
+    )
+
+
+def _judge_9(runs: Runs) -> Verdict:
+    gain = {n: _gains(runs, f"yields {n}", f"before {n}") for n in (1, 2, 3)}
+    middle = {n: median(g) for n, g in gain.items()}
+    return Verdict(
+        gain[2],
+        {"1 below 15 %": middle[1] < 15, "2 and 3 above 25 %": min(middle[2], middle[3]) > 25},
+        "gain " + ", ".join(f"{middle[n]:+.1f} %" for n in (1, 2, 3)) + " with 1, 2, 3 machines",
+    )
+
+
+# ---- 10: waiting early -------------------------------------------------------------------------------------------
+
+
+def _judge_10(runs: Runs) -> Verdict:
+    helps = _gains(runs, "early 1.5", "late 1.5")
+    idle = _gains(runs, "early 1", "late 1")
+    cascade = _gains(runs, "cascade 3", "late 3")
+    return Verdict(
+        helps,
+        {
+            "helps at 1.5x": median(helps) > 0,
+            "nothing at 1x": abs(median(idle)) <= 2,
+            "the cascade loses at 3 machines": median(cascade) < 0,
+        },
+        f"{median(idle):+.1f} % at 1x, {median(helps):+.1f} % at 1.5x; over-eager, 3 machines {median(cascade):+.1f} %",
+    )
+
+
+def _queued(*, early: bool, eager: bool = False) -> KernelBuild:
+    return KernelBuild(lock="pvqspinlock", user=Ns(30_000), wait_early=early, sees_preemption=eager, steal=not eager)
+
+
+ROWS = (
+    Row(
+        "7",
+        "PLE: no yield, yield to any sibling, eligibility filter",
+        "ebizzy: the filter gains 105 % at 1x, 26 % at 2x",
+        "none < random <= filter at 2x on every seed; gain(1x) > gain(2x)",
+        "gain of the filter at 2x, %",
+        "Raghavendra K T, linux-kernel 2012-07-10",
+        {
+            f"{kind} {n}": scenario(n, _EBIZZY_2012, features=features, warmup_ms=50, duration_ms=80)
+            for kind, features in _PLE.items()
+            for n in (1, 2)
+        },
+        _judge_7,
+    ),
+    Row(
+        "8",
+        "boost the targets of interrupts, 1, 2, 3 machines",
+        "ebizzy +9, +180, +72 %",
+        "peak at 2",
+        "gain with 2 machines, %",
+        "Linux commit d73eb57b80b9",
+        {
+            f"{kind} {n}": scenario(n, _EBIZZY_2019, features=features, warmup_ms=50, duration_ms=100)
+            for kind, features in (("before", _2019), ("boost", _BOOSTED))
+            for n in (1, 2, 3)
+        },
+        _judge_8,
+    ),
+    Row(
+        "9",
+        "the PV kick also yields to the queue's head",
+        "ebizzy +6, +70, +74 %",
+        "gain(1) < 15 %; gain(2), gain(3) > 25 %",
+        "gain with 2 machines, %",
+        "Linux commit 266e85a5ec91",
+        {
+            f"{kind} {n}": scenario(n, _EBIZZY_2019, features=features, warmup_ms=50, duration_ms=100)
+            for kind, features in (("before", _BOOSTED), ("yields", Features()))
+            for n in (1, 2, 3)
+        },
+        _judge_9,
+    ),
+    Row(
+        "10",
+        "waiting early helps, waiting too early cascades",
+        "+8 % at 1.5x, 0 at 1x; the cascade loses 7.5 times with 3 machines",
+        "both signs from one simulator",
+        "gain at 1.5x, %",
+        "Linux commits cd0272fab785, 89340d0935c9",
+        {
+            **{
+                f"{kind} {n}": scenario(
+                    1, _queued(early=early), vcpus=vcpus, features=Features(), warmup_ms=100, duration_ms=150
+                )
+                for kind, early in (("early", True), ("late", False))
+                for n, vcpus in (("1", 8), ("1.5", 12))
+            },
+            "late 3": scenario(3, _queued(early=False), features=Features(), warmup_ms=100, duration_ms=150),
+            "cascade 3": scenario(
+                3, _queued(early=True, eager=True), features=Features(), warmup_ms=100, duration_ms=150
+            ),
+        },
+        _judge_10,
+    ),
+)
