@@ -135,7 +135,7 @@ class GuestMemory:
                 return old
             new = replace(old, base=base, flags=flags, dirty=_bitmap(size, flags, old.dirty))
         else:
-            host = mmap.mmap(-1, size) if backing is None else backing
+            host = _zeroed(slot_id, size) if backing is None else backing
             view = memoryview(host).cast("B")
             if view.readonly or len(view) < size:
                 raise ConfigError(f"memslot {slot_id}: backing must be writable and {size:#x} bytes long (EINVAL)")
@@ -249,6 +249,13 @@ class GuestMemory:
         slot = self.map.find(gpa)
         if slot is not None and slot.dirty is not None:
             _mark(slot.dirty, gpa - slot.base, length)
+
+
+def _zeroed(slot_id: int, size: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, size)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"memslot {slot_id}: the host has no {size:#x} bytes to give (ENOMEM)") from error
 
 
 def _bitmap(size: int, flags: SlotFlags, old: bytearray | None) -> bytearray | None:

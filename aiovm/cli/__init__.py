@@ -7,11 +7,13 @@ A mistake of the user's is one line on standard error and status 2, never a trac
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
-from aiovm.cli import locks, run
-from aiovm.cli.status import INTERRUPTED, status_of
+from aiovm.cli.locks import register as register_locks
+from aiovm.cli.run import register as register_run
+from aiovm.cli.status import BAD_INPUT, INTERNAL, INTERRUPTED, status_of
 from aiovm.errors import AiovmError
 
 __all__ = ["app", "main"]
@@ -24,17 +26,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (run, locks):
-    _module.register(app)
+register_run(app)
+register_locks(app)
 
 
 def main() -> None:
     """Run the command line; the entry point."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """The command line's process status; what went wrong is said on standard error."""
     try:
-        app()
+        status: int = app(prog_name="aiovm", standalone_mode=False) or 0
     except AiovmError as error:
-        print(f"aiovm: {error}", file=sys.stderr)
-        sys.exit(status_of(error))
-    except KeyboardInterrupt:
-        print("aiovm: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _say(str(error))
+        return status_of(error)
+    except typer.TyperException as error:
+        if error.format_message():  # else it was a command without its sub-command, and help was given
+            _say(f"{error.format_message()} (aiovm --help says more)")
+        return BAD_INPUT
+    except typer.Abort:
+        status = INTERRUPTED
+    except Exception:
+        # Statuses of guests are odd, so Python's own 1 would pass for one.
+        traceback.print_exc()
+        _say("this is a fault of aiovm's own: please report it")
+        return INTERNAL
+    if status == INTERRUPTED:
+        _say("interrupted")
+    return status
+
+
+def _say(text: str) -> None:
+    print(f"aiovm: {' '.join(text.split())}", file=sys.stderr)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from aiovm.cli.files import check_writable, write_file
+from aiovm.cli.progress import progress_bar
 from aiovm.errors import ConfigError, InternalError
 from aiovm.locks.plot import check as check_plot
 from aiovm.locks.plot import plot
 from aiovm.locks.runner import Experiment, Measurement, Workload, measure, report
 from aiovm.locks.table import print_table
 from aiovm.policy import by_name
+from aiovm.sinks import check_suffix
 from aiovm.units import parse_duration
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ _DEFAULT = "tas,ttas,ticket,pvticket,mcs,qspinlock,pvqspinlock"
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command(name="locks")(locks_command)
+    app.command(name="locks")(_locks)
 
 
-def locks_command(
+def _locks(
     vcpus: Annotated[int, typer.Option(help="Virtual CPUs of the guest, 1 to 255.")] = 8,
     pcpus: Annotated[str, typer.Option(help="Physical CPUs they share; several, as in 8,4,2.")] = "2",
     locks: Annotated[str, typer.Option(help="Which locks, in this order.")] = _DEFAULT,
@@ -86,9 +87,15 @@ def locks_command(
         for p in pcpus.split(",")
         for lock in locks.split(",")
     ]
+    for path in (json, plot_):
+        if path is not None:
+            check_writable(path)
     if plot_ is not None:
         check_plot(plot_)
     if trace is not None:
+        for part in trace.split(","):
+            check_suffix(part)
+            check_writable(part)
         wanted = [replace(e, trace=_trace_path(trace, e, wanted)) for e in wanted]
     baselines = [replace(e, pcpus=vcpus, trace=None) for e in {e.lock: e for e in wanted}.values()]
     extra = [b for b in baselines if not any(replace(e, trace=None) == b for e in wanted)]
@@ -99,7 +106,7 @@ def locks_command(
     print_table(rows.rows)
     _say_broken(results)
     if json is not None:
-        _write(json, rows.to_json())
+        write_file(json, rows.to_json())
     if plot_ is not None:
         plot(rows.rows, plot_, title=f"{workload.text()}, policy {policy}, seed {seed}")
 
@@ -124,8 +131,7 @@ def _measure_all(experiments: list[Experiment], jobs: int) -> list[Measurement]:
     # The ones with the most physical CPUs take longest: begin with them.
     order = sorted(range(len(experiments)), key=lambda i: (-experiments[i].pcpus, i))
     results: dict[int, Measurement] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=len(experiments))
         if jobs == 1 or len(experiments) == 1:
             for i in order:
@@ -150,10 +156,3 @@ def _say_broken(results: Sequence[Measurement]) -> None:
     if broken:
         typer.echo(f"mutual exclusion was violated by: {', '.join(broken)}", err=True)
         raise typer.Exit(3)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

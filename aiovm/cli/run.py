@@ -7,12 +7,13 @@ import os
 import sys
 from dataclasses import asdict
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import msgspec
 import typer
 
+from aiovm.cli.files import check_writable, write_file
 from aiovm.errors import AiovmError, ConfigError, TimeoutExpired
 from aiovm.loaders import read_modules
 from aiovm.loop import Host, run, run_wall
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 
-class ClockName(StrEnum):
+class _ClockName(StrEnum):
     """Which clock a guest lives by."""
 
     VIRTUAL = "virtual"
@@ -37,17 +38,19 @@ class ClockName(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command(name="run")(run_command)
+    app.command(name="run")(_run)
 
 
-def run_command(
+def _run(
     image: Annotated[Path, typer.Argument(help="The guest: Multiboot, ELF (32 or 64 bit), or a flat binary.")],
     vcpus: Annotated[int, typer.Option(help="Virtual CPUs, 1 to 255.")] = 1,
     pcpus: Annotated[int | None, typer.Option(help="Physical CPUs they share. [default: as many as vCPUs]")] = None,
     memory: Annotated[str, typer.Option(help="Guest memory, as in 64M or 1G.")] = "64M",
     append: Annotated[str, typer.Option(help="The guest's command line.")] = "",
     initrd: Annotated[str, typer.Option(help="Modules: 'FILE arguments,FILE2'.")] = "",
-    clock: Annotated[ClockName, typer.Option(help="virtual: repeatable to the byte. wall: real time.")] = ClockName.VIRTUAL,
+    clock: Annotated[
+        _ClockName, typer.Option(help="virtual: repeatable to the byte. wall: real time.")
+    ] = _ClockName.VIRTUAL,
     policy: Annotated[str, typer.Option(help="Scheduling policy, or module:Class of your own.")] = "fair",
     slice_: Annotated[str, typer.Option("--slice", help="How long a vCPU may run while others wait.")] = "6ms",
     seed: Annotated[int, typer.Option(help="Of every random choice on the host.")] = 0,
@@ -74,24 +77,26 @@ def run_command(
         raise ConfigError(f"{image}: the image is empty")
     if not -(1 << 63) <= seed < 1 << 63:
         raise ConfigError(f"bad seed {seed}: 64 bits at most")
+    if json is not None:
+        check_writable(json)
     tracer = Tracer()
     digest = HashSink()
     if json is not None:
         tracer.add(digest)
+    out, close = _console(console)
     if trace is not None:
         open_sinks(tracer, trace)
-    out, close = _console(console)
 
     async def main() -> tuple[Outcome, dict[str, object]]:
         host = Host(
-            vcpus if pcpus is None else pcpus,
+            max(vcpus, 1) if pcpus is None else pcpus,  # the machine says what is wrong with no vCPUs
             policy=by_name(policy, slice_ns=parse_duration(slice_)),
             seed=seed,
             trace=tracer,
         )
         async with Vm(host, vcpus=vcpus, memory=parse_size(memory), ple=ple, console=out) as vm:
             vm.load(data, name=image.name, cmdline=append, modules=modules)
-            if clock is ClockName.WALL:
+            if clock is _ClockName.WALL:
                 _feed_stdin(vm, console)
             task = asyncio.ensure_future(vm.run())
             if limit is not None:
@@ -105,14 +110,14 @@ def run_command(
             return outcome, _statistics(vm, host)
 
     try:
-        outcome, statistics = run_wall(main()) if clock is ClockName.WALL else run(main())
+        outcome, statistics = run_wall(main()) if clock is _ClockName.WALL else run(main())
     finally:
         tracer.close()
         close()
     if json is not None:
         report = {"reason": outcome.reason, "status": outcome.status, "now_ns": outcome.now, **statistics}
         report["trace_hash"] = digest.hexdigest()
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     raise typer.Exit(outcome.status & 0xFF)
 
 
@@ -159,6 +164,9 @@ def _feed_stdin(vm: Vm, console: str) -> None:
 
 def _statistics(vm: Vm, host: Host) -> dict[str, object]:
     return {
-        "vcpus": [{"index": v.index, "mp_state": v.mp_state.name, "rip": v.context.state.rip, **asdict(v.stat)} for v in vm.vcpus],
+        "vcpus": [
+            {"index": v.index, "mp_state": v.mp_state.name, "rip": v.context.state.rip, **asdict(v.stat)}
+            for v in vm.vcpus
+        ],
         "pcpus": [{"index": p.index, "busy_ns": p.busy_ns, "switches": p.switches} for p in host.pcpus],
     }

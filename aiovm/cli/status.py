@@ -16,7 +16,17 @@ from aiovm.errors import (
     UnhandledExit,
 )
 
-__all__ = ["BAD_INPUT", "INTERNAL", "INTERRUPTED", "OK", "STALL", "TIMEOUT", "TRIPLE_FAULT", "UNHANDLED_EXIT", "status_of"]
+__all__ = [
+    "BAD_INPUT",
+    "INTERNAL",
+    "INTERRUPTED",
+    "OK",
+    "STALL",
+    "TIMEOUT",
+    "TRIPLE_FAULT",
+    "UNHANDLED_EXIT",
+    "status_of",
+]
 
 OK: Final = 0
 BAD_INPUT: Final = 2

@@ -125,6 +125,8 @@ def read_modules(text: str) -> tuple[Module, ...]:
         path = string.split(" ", 1)[0]
         try:
             modules.append(Module(Path(path).read_bytes(), string))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ConfigError(f"cannot read module {path!r}: {error.strerror}") from error
+        except ValueError as error:
             raise ConfigError(f"cannot read module {path!r}: {error}") from error
     return tuple(modules)

@@ -5,9 +5,9 @@ can see, by looking at the guest's "outside / waiting / holding" word: where the
 slice), and in which state a vCPU was preempted. Only the guest's measuring window counts, on both sides.
 
 *Warm-up.* A FIFO lock under overcommit has two regimes: for some slices nobody is preempted in the queue and all is
-well; then somebody is, everybody queues up behind him, and it stays like that (a convoy). The second is the steady state, so
-the default warm-up lasts until it is reached: ``WARMUP_ROUNDS`` rounds in which every vCPU gets its slice. With a
-physical CPU for each vCPU there is nothing to wait for.
+well; then somebody is, everybody queues up behind him, and it stays like that (a convoy). The second is the steady
+state, so the default warm-up lasts until it is reached: ``WARMUP_ROUNDS`` rounds in which every vCPU gets its slice.
+With a physical CPU for each vCPU there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiovm import guests
 from aiovm.clock import VirtualClock
-from aiovm.errors import ConfigError, UnhandledExit
+from aiovm.errors import ConfigError, InternalError
 from aiovm.locks.layout import DISTRIBUTIONS, LOCKS, LockLayout, Phase
 from aiovm.locks.result import LockReport, LockRow
 from aiovm.loop import Host, run
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["WARMUP_ROUNDS", "Experiment", "Measurement", "Workload", "measure", "report"]
 
 WARMUP_ROUNDS: Final = 12
-_OK: Final = 1  # (0 << 1) | 1 on the debug-exit port: the guest's own check passed
+#: What the guest writes to the debug-exit port, as process status: all is well, its own check failed, bad options.
+_OK: Final = 1
+_BROKEN: Final = 3
+_REFUSED: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +221,19 @@ def measure(experiment: Experiment) -> Measurement:
         f"warmup={e.warmup_ns} seed={e.seed & 0xFFFF_FFFF}"
     )
 
+    said = bytearray()
+
     async def main() -> Measurement:
         host = Host(e.pcpus, policy=by_name(e.policy, slice_ns=e.slice_ns), seed=e.seed, trace=tracer)
-        async with Vm(host, vcpus=e.vcpus, ple=e.ple, native=e.native, console=lambda _: None) as vm:
+        async with Vm(host, vcpus=e.vcpus, ple=e.ple, native=e.native, console=said.extend) as vm:
             loaded = vm.load(image, name="locks.elf", cmdline=cmdline)
             layout = LockLayout(loaded.symbols)
             meter = _Meter(vm, layout)
             outcome = await vm.run()
-            if outcome.status not in (_OK, 3):
-                raise UnhandledExit(f"the lock guest ended with status {outcome.status}", vcpu=0, rip=0)
+            if outcome.status == _REFUSED:
+                raise ConfigError(f"the lock guest refuses: {said.decode(errors='replace').strip()}")
+            if outcome.status not in (_OK, _BROKEN):
+                raise InternalError(f"the lock guest ended with status {outcome.status}")
             return _read(e, vm, layout, meter, outcome.status, tracer, digest)
 
     try:

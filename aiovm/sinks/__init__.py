@@ -21,24 +21,30 @@ from aiovm.trace import JsonLinesSink
 if TYPE_CHECKING:
     from aiovm.trace import Sink, Tracer
 
-__all__ = ["ChromeJsonSink", "open_sink", "open_sinks"]
+__all__ = ["ChromeJsonSink", "check_suffix", "open_sink", "open_sinks"]
+
+_SUFFIXES = (".pftrace", ".json", ".jsonl")
 
 _log = structlog.get_logger("aiovm.trace")
 
 
+def check_suffix(path: str | Path) -> str:
+    """The suffix of ``path``, when it is one that :func:`open_sink` knows; else :class:`ConfigError`."""
+    suffix = Path(path).suffix
+    if suffix not in _SUFFIXES:
+        raise ConfigError(f"trace {str(path)!r}: a trace file ends in .pftrace, .json or .jsonl")
+    return suffix
+
+
 def open_sink(path: str | Path) -> Sink:
     """The sink that ``path``'s suffix asks for, with its file open; :class:`ConfigError` when that cannot be."""
-    suffix = Path(path).suffix
+    suffix = check_suffix(path)
     try:
         if suffix == ".jsonl":
             return JsonLinesSink(Path(path).open("w", encoding="utf-8"))
-        if suffix == ".json":
-            return ChromeJsonSink(path)
-        if suffix == ".pftrace":
-            return _open_perfetto(path)
+        return ChromeJsonSink(path) if suffix == ".json" else _open_perfetto(path)
     except OSError as error:
         raise ConfigError(f"cannot write the trace {str(path)!r}: {error.strerror}") from error
-    raise ConfigError(f"trace {str(path)!r}: a trace file ends in .pftrace, .json or .jsonl")
 
 
 def open_sinks(tracer: Tracer, paths: str) -> None:

@@ -1,0 +1,25 @@
+"""Files that a command writes, where failing is the user's to hear: if possible before the work, not after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aiovm.errors import ConfigError
+
+__all__ = ["check_writable", "write_file"]
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a path in a directory that does not exist, and one that is a directory."""
+    if Path(path).is_dir():
+        raise ConfigError(f"cannot write {path}: Is a directory")
+    if not Path(path).parent.is_dir():
+        raise ConfigError(f"cannot write {path}: No such directory")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Store ``data`` at ``path``."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
