@@ -155,6 +155,11 @@ class EventQueue:
         )
 
     @property
+    def has_exception(self) -> bool:
+        """Whether an exception waits or is being delivered."""
+        return self.s.exception_pending or self.s.exception_injected
+
+    @property
     def needs_reinjection(self) -> bool:
         """Whether a delivery was chosen and is not done."""
         s = self.s

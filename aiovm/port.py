@@ -1,8 +1,8 @@
 """What a vCPU answers from inside a slice: CPUID, MSRs, ports, MMIO, exceptions, interrupt windows, hypercalls.
 
-Each answer is plain code that the engine calls at the exit (:class:`~aiovm.engine.base.GuestPort`); the guest goes on in
-the same slice. What concerns other CPUs or the host's scheduler is not done here but armed on the clock for the slice's
-own present moment, so that the world sees it in the right order.
+Each answer is plain code that the engine calls at the exit (:class:`~aiovm.engine.base.GuestPort`); the guest goes on
+in the same slice. What concerns other CPUs or the host's scheduler is not done here but armed on the clock for the
+slice's own present moment, so that the world sees it in the right order.
 
 Guest nonsense gets the manual's answer: #GP for an MSR that does not exist, all ones from a port that nobody drives.
 """
@@ -11,11 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aiovm.control import read_dr, write_cr0, write_cr3, write_cr4, write_dr, write_efer
 from aiovm.delivery import SHUTDOWN, deliver_event
+from aiovm.engine.base import Seg
 from aiovm.events import EventKind
-from aiovm.exits import ExitReason, Hlt, PauseLoop, Shutdown
+from aiovm.exits import Debug, Hlt, PauseLoop, Shutdown
+from aiovm.guest_debug import DebugControl, data_hits, instruction_hits
+from aiovm.page_walk import PagingRegs, is_canonical, translate_debug
 from aiovm.paravirt import HypercallNumber, decode_hypercall
 from aiovm.requests import Request
+from aiovm.segmentation import Fault
+from aiovm.smm import enter_smm, leave_smm
+from aiovm.task_register import io_permitted, load_tr
 from aiovm.trace import Kind
 
 if TYPE_CHECKING:
@@ -30,12 +37,21 @@ _IF = 0x200
 
 _X2APIC_MSRS = range(0x800, 0x900)
 _TSC, _APIC_BASE, _TSC_ADJUST, _MISC_ENABLE, _DEADLINE, _EFER = 0x10, 0x1B, 0x3B, 0x1A0, 0x6E0, 0xC000_0080
-_EFER_MASK = 0xD01  # SCE, LME, LMA, NXE
+_SMBASE, _PAT, _TSC_AUX = 0x9E, 0x277, 0xC000_0103
+#: Memory types of the PAT (SDM vol. 3A, 12.12.2).
+_MEMORY_TYPES = frozenset({0, 1, 4, 5, 6, 7})
 #: MSRs inside the core whose value must be a canonical address (SDM vol. 4, table 2-2).
 _CANONICAL = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})
 _CORE = _CANONICAL | {0x174, 0x277, 0xC000_0081, 0xC000_0084, 0xC000_0103}
 #: Read-only identity: platform id, microcode revision, feature control (locked).
 _CONSTANT = {0x17: 0, 0x8B: 0, 0x3A: 1}
+
+
+_RF, _DR6_BS, _DR6_FIXED, _DR7_FIXED = 1 << 16, 1 << 14, 0xFFFF_0FF0, 0x400
+#: With either, #DB is the debugger's, whoever caused it (``vmx.c`` handle_exception_nmi).
+_DEBUGGER_TAKES_DB = DebugControl.SINGLESTEP | DebugControl.USE_HW_BP
+
+_CR_WRITES = {0: write_cr0, 3: write_cr3, 4: write_cr4}
 
 
 class VcpuPort:
@@ -83,6 +99,8 @@ class VcpuPort:
             return vcpu.tsc.adjust
         if index == _MISC_ENABLE:
             return vcpu.ia32_misc_enable_msr
+        if index == _SMBASE:
+            return vcpu.smbase if vcpu.events.s.smm else None
         if index in _CORE or index == _EFER:
             return vcpu.context.read_msr(index)
         if index in _CONSTANT:
@@ -116,9 +134,9 @@ class VcpuPort:
             vcpu.ia32_misc_enable_msr = value
             return True
         if index == _EFER:
-            return self._write_efer(value)
+            return write_efer(vcpu.context.state, value)
         if index in _CORE:
-            if index in _CANONICAL and not _is_canonical(value):
+            if not _core_msr_takes(index, value):
                 return False
             vcpu.context.write_msr(index, value)
             return True
@@ -137,15 +155,6 @@ class VcpuPort:
                 vcpu.make_request(request)
             vcpu.service_paravirt()
             self.update_irq_window()
-        return True
-
-    def _write_efer(self, value: int) -> bool:
-        """Reserved bits and a change of LME under paging fault; LMA follows the CPU, not the write."""
-        state = self.vcpu.context.state
-        old = state.efer
-        if value & ~_EFER_MASK or (state.cr0 >> 31 & 1 and (value ^ old) & 0x100):
-            return False
-        self.vcpu.context.write_msr(_EFER, value & ~0x400 | old & 0x400)
         return True
 
     def _deadline_ns(self, tsc: int) -> int:
@@ -229,11 +238,56 @@ class VcpuPort:
         return None
 
     def on_cr_write(self, register: int, value: int) -> bool:
-        if register != 8 or value >> 4:
+        if register == 8 and not value >> 4:
+            self.apply(self._apic().write_cr8(value))
+            return True
+        write = _CR_WRITES.get(register)
+        if write is None:
             self.inject(13, 0)
             return False
-        self.apply(self._apic().write_cr8(value))
-        return True
+        return self._done(write(self.vcpu.context.state, self.vm.memory, value))
+
+    def on_dr_read(self, register: int) -> int | None:
+        found = read_dr(self.vcpu.context.state, register)
+        if isinstance(found, Fault):
+            self._done(found)
+            return None
+        return found
+
+    def on_dr_write(self, register: int, value: int) -> bool:
+        done = self._done(write_dr(self.vcpu.context.state, register, value))
+        self.vcpu.update_debug()
+        return done
+
+    def on_load_tr(self, selector: int) -> bool:
+        return self._done(load_tr(self.vcpu.context.state, self.vm.memory, selector))
+
+    def on_io_permission(self, port: int, size: int) -> bool:
+        return io_permitted(self.vcpu.context.state, self.vm.memory, port, size)
+
+    def _done(self, fault: Fault | None) -> bool:
+        """Whether an instruction was carried out; its fault is raised."""
+        if fault is None:
+            return True
+        self.inject(fault.vector, fault.error_code, fault.cr2)
+        return False
+
+    def on_rsm(self) -> None:
+        """RSM outside SMM does not exist (SDM vol. 2B, RSM)."""
+        vcpu = self.vcpu
+        state = vcpu.context.state
+        if not vcpu.events.s.smm:
+            self.inject(6)
+            return
+        smbase = leave_smm(state, self.vm.memory, vcpu.smbase)
+        if smbase is None:
+            self._shutdown("RSM to a state that cannot be")
+            return
+        vcpu.smbase = smbase
+        vcpu.events.smm_done()
+        state.nmi_masked = vcpu.events.s.nmi_masked
+        vcpu.update_debug()
+        self.inject_pending()
 
     # ---- hypercalls --------------------------------------------------------------------------------------------------
 
@@ -265,17 +319,59 @@ class VcpuPort:
             return 0
         return vm.hypercall(self.vcpu, number, args)
 
-    # ---- exceptions and interrupts -------------------------------------------------------------------------------------
+    # ---- exceptions and interrupts -----------------------------------------------------------------------------------
 
     def on_exception(self, vector: int, error_code: int | None, address: int) -> None:
-        self.inject(vector, error_code, address)
+        if vector == 1 and self.vcpu.guest_debug & _DEBUGGER_TAKES_DB:
+            self._leave_debug(1, self.vcpu.context.state.get_dr(6))
+        else:
+            self.inject(vector, error_code, address)
 
-    def on_soft_interrupt(self, vector: int, length: int) -> None:
-        vcpu = self.vcpu
-        state = vcpu.context.state
-        kind = EventKind.SOFT_EXC if length == 1 else EventKind.SOFT_INT
+    def on_soft_interrupt(self, vector: int, length: int, kind: EventKind) -> None:
+        state = self.vcpu.context.state
+        if kind is EventKind.SOFT_EXC and vector == 3 and self.vcpu.guest_debug & DebugControl.USE_SW_BP:
+            self._leave_debug(3, 0)
+            return
         return_rip = state.rip + length & (_M64 if state.long_mode else 0xFFFF_FFFF)
         self._deliver(vector, kind, return_rip=return_rip)
+
+    def on_step(self) -> None:
+        """Instruction breakpoints."""
+        vcpu = self.vcpu
+        state = vcpu.context.state
+        if vcpu.eff_db and not state.rflags & _RF:
+            hits = instruction_hits(vcpu.eff_db, self._linear_rip())
+            if hits:
+                self._debug_event(hits)
+
+    def on_stepped(self) -> None:
+        """Data breakpoints, and the debugger's single step."""
+        vcpu = self.vcpu
+        regs = PagingRegs.of(vcpu.context.state)
+        accesses = vcpu.context.take_accesses()
+        hits = data_hits(vcpu.eff_db, accesses, lambda gva: translate_debug(self.vm.memory, regs, gva))
+        if vcpu.guest_debug & DebugControl.SINGLESTEP:
+            self._leave_debug(1, hits | _DR6_BS)
+        elif hits:
+            self._debug_event(hits)
+
+    def _debug_event(self, hits: int) -> None:
+        """A breakpoint was hit: the debugger's, or #DB for the guest."""
+        state = self.vcpu.context.state
+        if self.vcpu.guest_debug & DebugControl.USE_HW_BP:
+            self._leave_debug(1, hits)
+        else:
+            state.set_dr(6, state.get_dr(6) & ~0xF | hits)
+            self.inject(1)
+
+    def _linear_rip(self) -> int:
+        state = self.vcpu.context.state
+        return state.rip if state.long_mode else state.rip + state.segment(Seg.CS).base & 0xFFFF_FFFF
+
+    def _leave_debug(self, vector: int, dr6: int) -> None:
+        """KVM_EXIT_DEBUG."""
+        dr7 = self.vcpu.guest_debug_dr[7] if self.vcpu.guest_debug & DebugControl.USE_HW_BP else 0
+        self.vm.engine.leave(Debug(vector, self._linear_rip(), dr6 | _DR6_FIXED, dr7 | _DR7_FIXED))
 
     def inject(self, vector: int, error_code: int | None = None, address: int = 0) -> None:
         """Raise exception ``vector`` at RIP, now."""
@@ -296,35 +392,70 @@ class VcpuPort:
         outcome = deliver_event(
             vcpu.context.state, vm.memory, vector, kind=kind, error_code=error_code, return_rip=return_rip
         )
-        if outcome != SHUTDOWN:
-            return True
-        vcpu.note("triple fault")
-        vcpu.make_request(Request.TRIPLE_FAULT)
-        vm.engine.leave(Shutdown())
-        return False
+        if outcome == SHUTDOWN:
+            self._shutdown("triple fault")
+            return False
+        if outcome == 1:
+            vcpu.update_debug()  # #DB cleared DR7.GD
+        return True
+
+    def _shutdown(self, reason: str) -> None:
+        """KVM_EXIT_SHUTDOWN, after the slice."""
+        self.vcpu.note(reason)
+        self.vcpu.make_request(Request.TRIPLE_FAULT)
+        self.vm.engine.leave(Shutdown(reason))
 
     def inject_pending(self) -> None:
         """``kvm_check_and_inject_events`` before an entry: NMI, then interrupts, each when the guest can take it."""
         vcpu = self.vcpu
         events = vcpu.events
+        if events.any:
+            vcpu.sync_nmi_mask()
         while events.any:
+            if vcpu.guest_debug & DebugControl.BLOCKIRQ and not events.has_exception:
+                return
             state = vcpu.context.state
             event = events.select(interrupt_flag=False, shadow=state.interrupt_shadow)
             if event is None:
+                vcpu.context.request_nmi_window(bool(events.s.nmi_pending))
                 break
+            if event.kind is EventKind.SMI:
+                self._enter_smm()
+                continue
             if event.kind is EventKind.NMI:
                 vcpu.stat.nmi_injections += 1
+                state.nmi_masked = True
             delivered = self._deliver(event.vector, event.kind, error_code=event.error_code)
             events.delivered()
             if not delivered:
                 return
         self.on_irq_window()
 
+    def _enter_smm(self) -> None:
+        vcpu = self.vcpu
+        state = vcpu.context.state
+        vcpu.note("smi")
+        if not enter_smm(state, self.vm.memory, vcpu.smbase):
+            self._shutdown("no memory for the SMI's save area")
+        state.nmi_masked = True
+        vcpu.update_debug()
+
+    def on_nmi_window(self) -> None:
+        """NMIs are open. In a shadow the slice ends behind the next instruction, and the entry looks again."""
+        vcpu = self.vcpu
+        if vcpu.context.state.interrupt_shadow:
+            vcpu.make_request(Request.EVENT)
+            self.vm.clock.lower_limit(self.vm.clock.now() + 1)
+        else:
+            self.inject_pending()
+
     def on_irq_window(self) -> None:
         """The guest may be able to take an interrupt: give it the first, and ask again for the next."""
         vcpu = self.vcpu
         if vcpu.pv.eoi.pending:
             vcpu.harvest_eoi()
+        if vcpu.guest_debug & DebugControl.BLOCKIRQ:
+            return
         if self._interrupt_waits():
             state = vcpu.context.state
             if state.rflags & _IF and not state.interrupt_shadow:
@@ -360,6 +491,10 @@ class VcpuPort:
         self.vm.engine.leave(PauseLoop(kernel_mode=self.vcpu.context.state.cpl == 0))
 
 
-def _is_canonical(address: int) -> bool:
-    """Bits 63:47 are equal (48-bit linear addresses)."""
-    return address >> 47 in (0, 0x1_FFFF)
+def _core_msr_takes(index: int, value: int) -> bool:
+    """Whether an MSR of the core's takes ``value``; what it has no bits for is dropped."""
+    if index in _CANONICAL:
+        return is_canonical(value)
+    if index == _PAT:
+        return all(byte in _MEMORY_TYPES for byte in value.to_bytes(8, "little"))
+    return index != _TSC_AUX or not value >> 32

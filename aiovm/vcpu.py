@@ -29,20 +29,23 @@ from typing import TYPE_CHECKING
 
 from aiovm.clock import FOREVER, Alarm
 from aiovm.engine.base import Seg, Segment
+from aiovm.errors import StateError
 from aiovm.events import EventQueue
 from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown
+from aiovm.guest_debug import Breakpoint, DebugControl, breakpoints
 from aiovm.halt_poll import adapt, begin
 from aiovm.lapic_message import Accepted, DeliveryMode
 from aiovm.paravirt import Paravirt
 from aiovm.policy.thread import ThreadState
 from aiovm.port import VcpuPort
 from aiovm.requests import Request, Requests, VcpuMode
+from aiovm.smm import RESET_SMBASE
 from aiovm.spin import PleWindow, on_spin
 from aiovm.trace import Kind
 from aiovm.tsc import GuestTsc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiovm.clock import Timer
     from aiovm.engine.base import Context
@@ -129,6 +132,13 @@ class Vcpu:
         self.immediate_exit = False
         self.halt_poll_ns = 0
         self.events = EventQueue()
+        #: IA32_SMBASE.
+        self.smbase = RESET_SMBASE
+        self.guest_debug = DebugControl.NONE
+        #: The debugger's DR0-DR7 (``kvm_guest_debug_arch``).
+        self.guest_debug_dr: tuple[int, ...] = (0,) * 8
+        #: The breakpoints in force, the debugger's or the guest's.
+        self.eff_db: tuple[Breakpoint, ...] = ()
         self.ia32_misc_enable_msr = 0
         self.tsc = GuestTsc()
         self.pv = Paravirt(vm.memory, vm.kvmclock, vcpu_id=vcpu_id)
@@ -211,6 +221,38 @@ class Vcpu:
         """The 8259s want this vCPU's attention; at the loop's time."""
         self.make_request(Request.EVENT)
         self.kick()
+
+    def sync_nmi_mask(self) -> None:
+        """IRET, which the engine executes by itself, opens NMIs again."""
+        if self.events.s.nmi_masked and not self.context.state.nmi_masked:
+            self.events.nmi_done()
+
+    def set_guest_debug(self, control: DebugControl, debugreg: Sequence[int] = (0,) * 8) -> None:
+        """KVM_SET_GUEST_DEBUG; between runs."""
+        inject = control & (DebugControl.INJECT_DB | DebugControl.INJECT_BP)
+        events = self.events
+        if inject and (events.s.exception_pending or events.s.exception_injected):
+            raise StateError(f"vCPU {self.index}: cannot inject over a pending exception (EBUSY)")
+        if inject:
+            events.queue_exception(1 if control & DebugControl.INJECT_DB else 3)
+            self.make_request(Request.EVENT)
+        self.guest_debug = control & ~inject if control & DebugControl.ENABLE else DebugControl.NONE
+        self.guest_debug_dr = tuple(debugreg)
+        self.update_debug()
+
+    def update_debug(self) -> None:
+        """Debug registers changed, the guest's or the debugger's."""
+        if self.guest_debug & DebugControl.USE_HW_BP:
+            self.eff_db = breakpoints(self.guest_debug_dr, self.guest_debug_dr[7])
+        else:
+            state = self.context.state
+            self.eff_db = breakpoints([state.get_dr(index) for index in range(4)], state.get_dr(7))
+        self.context.watching = any(point.type for point in self.eff_db)
+        self.context.stepping = bool(self.eff_db or self.guest_debug & DebugControl.SINGLESTEP)
+
+    def inject_smi(self) -> None:
+        """KVM_SMI."""
+        self.accept_apic(DeliveryMode.SMI, 0, level=True, trigger_level=False)
 
     def inject_nmi(self) -> None:
         """KVM_NMI."""
@@ -364,7 +406,10 @@ class Vcpu:
         self.service_paravirt()
         if check(Request.APF_HALT):
             self.pv.apf.halt()
+        if check(Request.SMI):
+            self.events.queue_smi()
         if check(Request.NMI):
+            self.sync_nmi_mask()
             self.events.fold_nmi()
         check(Request.UNBLOCK)
         if check(Request.EVENT):
@@ -495,7 +540,8 @@ class Vcpu:
 
     def _runnable(self) -> bool:
         """``kvm_arch_vcpu_runnable`` for a vCPU that is not running: a wake condition holds."""
-        return self.pv_unhalted or bool(self.apic.pending_events) or self._has_events() or self.pv.apf.completions
+        starts = self.apic.pending_events and not self.events.s.smm
+        return self.pv_unhalted or starts or self._has_events() or self.pv.apf.completions
 
     def _has_events(self) -> bool:
         if self.requests.bits & _NMI_OR_SMI or self._nmi_deliverable():
@@ -504,8 +550,7 @@ class Vcpu:
         return bool(state.rflags & 0x200) and (self.apic.pending_vector() >= 0 or self.vm.pic_pending(self))
 
     def _nmi_deliverable(self) -> bool:
-        s = self.events.s
-        return bool(s.nmi_pending) and not s.nmi_masked
+        return bool(self.events.s.nmi_pending) and not self.context.state.nmi_masked
 
     def _block_ends(self) -> bool:
         """``kvm_vcpu_check_block``: also a timer that fired, a request to unblock, an interruption."""
@@ -583,6 +628,9 @@ class Vcpu:
         apic = self.apic
         if not apic.pending_events:
             return
+        if self.events.s.smm:
+            apic.take_sipi()  # in SMM an INIT stays latched, and a SIPI is lost
+            return
         if apic.take_init():
             self._reset(init=True)
             self.set_mp_state(MpState.RUNNABLE if apic.is_bsp else MpState.INIT_RECEIVED)
@@ -596,9 +644,12 @@ class Vcpu:
     def _reset(self, *, init: bool) -> None:
         """``kvm_vcpu_reset`` (the sheet *vcpu* §2.1): INIT turns the paravirtual records off as well."""
         self.context.reset(init=init)
+        if not init:
+            self.smbase = RESET_SMBASE
         self.apic.reset(init=init)
         self.arm_timer()
         self.events.reset()
+        self.update_debug()
         self.pv_unhalted = False
         self.pv.reset()
 

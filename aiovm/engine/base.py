@@ -14,8 +14,9 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence
+    from collections.abc import MutableSequence, Sequence
 
+    from aiovm.events import EventKind
     from aiovm.exits import Exit
 
 __all__ = ["Context", "CpuState", "DescriptorTable", "Engine", "GuestPort", "Reg", "Seg", "Segment"]
@@ -119,6 +120,8 @@ class CpuState(Protocol):
     cpl: int
     #: An STI or MOV-SS shadow covers the next instruction.
     interrupt_shadow: bool
+    #: NMIs are blocked: one is being served, and no IRET came since.
+    nmi_masked: bool
     gdt: DescriptorTable
     idt: DescriptorTable
 
@@ -145,6 +148,9 @@ class GuestPort(Protocol):
     def on_rdmsr(self, index: int) -> int | None: ...
     def on_wrmsr(self, index: int, value: int) -> bool: ...
     def on_rdtsc(self) -> int: ...
+    def on_io_permission(self, port: int, size: int) -> bool:
+        """Whether code that is not at CPL 0 may touch these ports; else the engine raises #GP(0)."""
+
     def on_in(self, port: int, size: int) -> int: ...
     def on_out(self, port: int, size: int, value: int) -> None: ...
     def on_mmio_read(self, gpa: int, size: int) -> int: ...
@@ -152,9 +158,22 @@ class GuestPort(Protocol):
     def on_hypercall(self) -> None: ...
     def on_cr_read(self, register: int) -> int | None: ...
     def on_cr_write(self, register: int, value: int) -> bool: ...
+    def on_dr_read(self, register: int) -> int | None: ...
+    def on_dr_write(self, register: int, value: int) -> bool: ...
+    def on_load_tr(self, selector: int) -> bool: ...
+    def on_rsm(self) -> None: ...
     def on_exception(self, vector: int, error_code: int | None, address: int) -> None: ...
-    def on_soft_interrupt(self, vector: int, length: int) -> None: ...
+    def on_soft_interrupt(self, vector: int, length: int, kind: EventKind) -> None:
+        """INT n, INT3, INTO or INT1, ``length`` bytes long."""
+
     def on_irq_window(self) -> None: ...
+    def on_nmi_window(self) -> None: ...
+    def on_step(self) -> None:
+        """Before an instruction of a context that steps; it may leave instead."""
+
+    def on_stepped(self) -> None:
+        """After it."""
+
     def on_hlt(self) -> None: ...
     def on_pause_loop(self) -> None: ...
 
@@ -162,8 +181,16 @@ class GuestPort(Protocol):
 class Context(Protocol):
     """One vCPU's place in an engine."""
 
+    #: Go instruction by instruction, with :meth:`GuestPort.on_step` and :meth:`GuestPort.on_stepped` around each.
+    stepping: bool
+    #: While stepping, note the accesses to memory for :meth:`take_accesses`.
+    watching: bool
+
     @property
     def state(self) -> CpuState: ...
+
+    def take_accesses(self) -> Sequence[tuple[int, int, bool]]:
+        """The last instruction's accesses: physical address, size, whether it was a write."""
 
     def reset(self, *, init: bool) -> None:
         """Power-on state, or INIT's (``init``; SDM vol. 3A, table 10-1): caches and FPU survive INIT."""
@@ -173,6 +200,9 @@ class Context(Protocol):
 
     def request_irq_window(self, wanted: bool) -> None:
         """Ask for :meth:`GuestPort.on_irq_window` as soon as the guest can take an interrupt."""
+
+    def request_nmi_window(self, wanted: bool) -> None:
+        """Ask for :meth:`GuestPort.on_nmi_window` as soon as NMIs are not blocked."""
 
     def flush_tlb(self) -> None: ...
 

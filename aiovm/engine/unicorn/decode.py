@@ -144,7 +144,7 @@ def _memory16(code: bytes, at: int, modrm: int) -> tuple[int, int | None, int | 
 def _memory(code: bytes, at: int, modrm: int, rex: int) -> tuple[int, int | None, int | None, int, int]:
     mode, rm = modrm >> 6, modrm & 7
     base: int | None = rm | (rex & 1) << 3
-    index_register: int | None = None
+    index: int | None = None
     scale = 0
     if rm == 4:
         sib = code[at]

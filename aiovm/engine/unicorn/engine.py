@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Final
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.engine.unicorn import lib
 from aiovm.engine.unicorn.budget import NATIVE, Budget
+from aiovm.engine.unicorn.intercepts import Intercepts
+from aiovm.engine.unicorn.io import PortIo
 from aiovm.engine.unicorn.layout import (
     CONTEXT_PAYLOAD,
     CPU_ENV,
@@ -46,7 +48,6 @@ from aiovm.engine.unicorn.layout import (
 )
 from aiovm.engine.unicorn.state import EnvState
 from aiovm.engine.unicorn.syscall import syscall, sysenter
-from aiovm.errors import EngineError
 from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
 from aiovm.memory import PAGE, GuestMemory, MemoryMap, Memslot, SlotFlags
 
@@ -67,7 +68,6 @@ _PHYSICAL_END: Final = 1 << 40
 
 _EIP: Final = Env.EIP >> 3
 _HFLAGS: Final = Env.HFLAGS >> 2
-_EFLAGS: Final = Env.EFLAGS >> 3
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _IF: Final = 0x200
@@ -75,7 +75,6 @@ _IF: Final = 0x200
 PLE_GAP_CYCLES: Final = 128
 _STOP_NOW: Final = -(1 << 62)
 _WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
-_IO_VECTOR: Final = 1
 _FETCH_ERRORS: Final = frozenset({lib.const.UC_ERR_FETCH_UNMAPPED, lib.const.UC_ERR_FETCH_PROT})
 #: ns of guest time between looks at IF on the public path.
 _WINDOW_NS: Final = 500
@@ -96,6 +95,11 @@ class UnicornContext:
         self._state = EnvState(self._read_flags)
         self._state.bind(memoryview(self.buffer))
         self.window = False
+        self.nmi_window = False
+        #: Stop after each instruction: see :meth:`aiovm.engine.base.GuestPort.on_step`.
+        self.stepping = False
+        self.watching = False
+        self.accesses: list[tuple[int, int, bool]] = []
         #: Budget state of this vCPU while another one is loaded: frac, ple_first, ple_last.
         self.carried = (0, 0, 0)
         self.ple_window = -1
@@ -109,6 +113,13 @@ class UnicornContext:
     def bind(self, where: memoryview) -> None:
         """The engine moved the registers."""
         self._state.bind(where)
+
+    @property
+    def linear_rip(self) -> int:
+        """RIP with CS's base."""
+        state = self._state
+        rip: int = state.q[_EIP]
+        return rip if state.d[_HFLAGS] & Hf.CS64 else rip + state.q[Env.SEGS + 24 + 8 >> 3] & _M32
 
     def _read_flags(self) -> int:
         self.engine.load(self)
@@ -146,11 +157,21 @@ class UnicornContext:
         s.rflags = 2
         s.cpl = 0
         s.interrupt_shadow = False
+        s.nmi_masked = False
+
+    def take_accesses(self) -> list[tuple[int, int, bool]]:
+        taken, self.accesses = self.accesses, []
+        return taken
 
     def request_irq_window(self, wanted: bool) -> None:
         self.window = wanted
         if self.engine.current is self:
-            self.engine.apply_window(wanted)
+            self.engine.apply_windows(self)
+
+    def request_nmi_window(self, wanted: bool) -> None:
+        self.nmi_window = wanted
+        if self.engine.current is self:
+            self.engine.apply_windows(self)
 
     def flush_tlb(self) -> None:
         self._state.paging_changed = True
@@ -199,6 +220,8 @@ class UnicornEngine:
         self.cells = cells
         self.costs = costs
         self._exit_ns = costs.exit_ns
+        self.intercepts = Intercepts(self)
+        self.io = PortIo(self)
         self.pointers = layout_holds() if pointers is None else pointers
         self.native = NATIVE if native is None else native
         self.signature = 0
@@ -206,9 +229,8 @@ class UnicornEngine:
         self.closed = False
         self._exit: Exit | None = None
         self._failure: BaseException | None = None
-        self._in_interrupt = False
-        #: The guest's DR0, DR6 and DR7 while the I/O breakpoint stands behind an instruction that leaves.
-        self._io_armed: tuple[int, int, int] | None = None
+        #: The core's interrupt hook runs: the slice can be stopped at once.
+        self.in_interrupt = False
         self._kicked = False
         self._dirty_code = False
         #: Nothing is translated yet: the core does not tell of its first block.
@@ -218,6 +240,8 @@ class UnicornEngine:
         self._tlb_of: tuple[int, int, int, int] | None = None
         self._emu_start = lib.uc_emu_start if release_gil else lib.uc_emu_start_holding
         self._keep: list[object] = []
+        self._watches: list[ctypes.c_size_t] = []
+        self._on_access = lib.HOOK_ACCESS_T(self._note_access)
         self._scratch = ctypes.create_string_buffer(16)
         self._register = ctypes.c_uint64()
         self._register_at = ctypes.byref(self._register)
@@ -225,7 +249,7 @@ class UnicornEngine:
         self.budget = Budget(
             cells,
             native=self.native,
-            interrupt=self._on_interrupt,
+            interrupt=self.intercepts.on_interrupt,
             pending=self._pending_at,
             eip=self._env + Env.EIP if self.pointers else 0,
             hflags=self._env + Env.HFLAGS if self.pointers else 0,
@@ -234,7 +258,6 @@ class UnicornEngine:
         self.budget.struct.rate = costs.code_rate
         self.budget.struct.pause_cost = costs.pause_ns
         self.budget.struct.ple_gap = PLE_GAP_CYCLES * 1_000_000 // costs.tsc_khz
-        self._table = self._handlers()
         self._hook()
         memory.on_change(self._remap)
         memory.on_write(self._host_wrote)
@@ -295,12 +318,14 @@ class UnicornEngine:
             1 << code - 0x60
             for code in (
                 Intercept.VINTR, Intercept.RDTSC, Intercept.RDPMC, Intercept.CPUID, Intercept.SWINT, Intercept.PAUSE,
-                Intercept.HLT, Intercept.MSR, Intercept.SHUTDOWN, Intercept.VMMCALL, Intercept.RDTSCP,
+                Intercept.HLT, Intercept.MSR, Intercept.SHUTDOWN, Intercept.VMMCALL, Intercept.RDTSCP, Intercept.NMI,
+                Intercept.TR_WRITE, Intercept.RSM,
             )
         )  # fmt: skip
         d[Env.INTERCEPT_EXCEPTIONS >> 2] = _M32
         h[Env.INTERCEPT_CR_READ >> 1] = 1 << 8
-        h[Env.INTERCEPT_CR_WRITE >> 1] = 1 << 8
+        h[Env.INTERCEPT_CR_WRITE >> 1] = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 8
+        h[Env.INTERCEPT_DR_READ >> 1] = h[Env.INTERCEPT_DR_WRITE >> 1] = 0xFF
         return bytes(data)
 
     def _hook(self) -> None:
@@ -316,8 +341,8 @@ class UnicornEngine:
         add(c.UC_HOOK_BLOCK, self.budget.on_block)
         add(c.UC_HOOK_EDGE_GENERATED, self.budget.on_translate)
         add(c.UC_HOOK_INTR, self.budget.on_interrupt)
-        add(c.UC_HOOK_INSN, keep(lib.HOOK_IN_T(self._on_in)), ctypes.c_int(x86.UC_X86_INS_IN))
-        add(c.UC_HOOK_INSN, keep(lib.HOOK_OUT_T(self._on_out)), ctypes.c_int(x86.UC_X86_INS_OUT))
+        add(c.UC_HOOK_INSN, keep(lib.HOOK_IN_T(self.io.on_in)), ctypes.c_int(x86.UC_X86_INS_IN))
+        add(c.UC_HOOK_INSN, keep(lib.HOOK_OUT_T(self.io.on_out)), ctypes.c_int(x86.UC_X86_INS_OUT))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_syscall)), ctypes.c_int(x86.UC_X86_INS_SYSCALL))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_sysenter)), ctypes.c_int(x86.UC_X86_INS_SYSENTER))
 
@@ -359,7 +384,7 @@ class UnicornEngine:
                 assert self.current is not None
                 return self.current.port.on_mmio_read(base + offset, size) & (1 << 8 * size) - 1
             except BaseException as error:
-                self._fail(error)
+                self.fail(error)
                 return 0
 
         return read
@@ -373,7 +398,7 @@ class UnicornEngine:
             assert self.current is not None
             self.current.port.on_mmio_write(gpa, size, value & (1 << 8 * size) - 1)
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
 
     def _watch_rom(self) -> None:
         """Hear of stores to read-only slots. Only where there are any: a memory hook of whatever kind sends every load
@@ -431,21 +456,39 @@ class UnicornEngine:
         lib.check(lib.uc_reg_read(self._uc, register, self._register_at), "read a register")
         return self._register.value
 
-    def apply_window(self, wanted: bool) -> None:
-        """Open or close the interrupt window of the loaded vCPU."""
+    def apply_windows(self, context: UnicornContext) -> None:
+        """Open or close the interrupt and NMI windows of the loaded vCPU."""
         if self.pointers:
-            wanted = wanted and self._exit is None
-            self._virq.value = 1 if wanted else 0
+            # A slice that is leaving takes nothing more: its HLT must not be halting an interrupt's handler.
+            wanted = 0 if self._exit is not None else context.window | context.nmi_window << 1
+            self._virq.value = wanted
             if wanted:
                 self._pending.value = 0xFFFF
 
-    def _sync_in(self) -> None:
+    def sync_in(self) -> None:
+        """Without pointers: the core's registers come to the copy that the state looks at."""
         if not self.pointers:
             lib.check(lib.uc_context_save(self._uc, self._context), "save")
 
-    def _sync_out(self) -> None:
+    def sync_out(self) -> None:
+        """And back."""
         if not self.pointers:
             lib.check(lib.uc_context_restore(self._uc, self._context), "restore")
+
+    def flush_tlb(self, context: UnicornContext) -> None:
+        """The loaded vCPU's paging changed: forget every translation of addresses."""
+        context.state.paging_changed = False
+        lib.uc_ctl_0(self._uc, lib.CTL_TLB_FLUSH)
+
+    def fetch(self, linear: int, length: int) -> bytes:
+        """Code at a linear address as the loaded vCPU sees it; nothing where it may not execute."""
+        error = lib.uc_vmem_read(self._uc, linear, lib.const.UC_PROT_EXEC, self._scratch, length)
+        return b"" if error else self._scratch.raw[:length]
+
+    @property
+    def fault_address(self) -> int:
+        """The linear address of the page fault that the core reports."""
+        return self._exitinfo2.value
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -458,12 +501,11 @@ class UnicornEngine:
             self.budget.forget_code()
             lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
         if state.paging_changed:
-            state.paging_changed = False
-            self._sync_out()
-            lib.uc_ctl_0(self._uc, lib.CTL_TLB_FLUSH)
+            self.sync_out()
+            self.flush_tlb(context)
         self.budget.struct.ple_window = context.ple_window
         self._exit = None
-        self.apply_window(context.window)
+        self.apply_windows(context)
         # Invariant: a kick stores its flag, then the limit; here the other way round. One of the two sees it.
         self.cells[1] = limit
         if self._kicked:
@@ -471,8 +513,13 @@ class UnicornEngine:
             return Interrupted()
         if self._first:
             self._first = False
-            self.budget.mark_code(self._uc, self._linear_rip(state))
-        error = self._enter(context) if self.pointers else self._enter_public(context)
+            self.budget.mark_code(self._uc, context.linear_rip)
+        if context.stepping:
+            error = self._step(context)
+        else:
+            if self._watches:
+                self._watch(False)
+            error = self._enter(context) if self.pointers else self._enter_public(context)
         self._kicked = False
         if error in _FETCH_ERRORS and self._failure is None:
             # Nothing to execute from: a bus that nobody drives reads all ones, and FF FF is no instruction.
@@ -480,12 +527,56 @@ class UnicornEngine:
             error = 0
         return self._outcome(error)
 
-    def _enter(self, context: UnicornContext) -> int:
-        """Guest code runs; the core's error number."""
-        return int(self._emu_start(self._uc, context.state.q[_EIP], 0, 0, 0))
+    def _enter(self, context: UnicornContext, count: int = 0) -> int:
+        """Guest code runs, ``count`` instructions if it is not 0; the core's error number."""
+        return int(self._emu_start(self._uc, context.state.q[_EIP], 0, 0, count))
 
-    def _enter_public(self, context: UnicornContext) -> int:
+    def _watch(self, wanted: bool) -> None:
+        """Have the core report accesses to memory, or no longer: translations carry the choice."""
+        if wanted and not self._watches:
+            for kind in (lib.const.UC_HOOK_MEM_READ, lib.const.UC_HOOK_MEM_WRITE):
+                hook = ctypes.c_size_t()
+                lib.check(lib.hook_add(self._uc, kind, lib.address_of(self._on_access), 0, out=hook), "hook accesses")
+                self._watches.append(hook)
+        elif self._watches and not wanted:
+            for hook in self._watches:
+                lib.uc_hook_del(self._uc, hook)
+            self._watches.clear()
+        else:
+            return
+        lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
+
+    def _note_access(self, _uc: int, kind: int, gpa: int, size: int, _value: int, _user: int) -> None:
+        assert self.current is not None
+        self.current.accesses.append((gpa, size, kind == lib.const.UC_MEM_WRITE))
+
+    def _step(self, context: UnicornContext) -> int:
+        """Instruction by instruction, with the port asked around each."""
+        error = 0
+        self._watch(context.watching)
+        while self.cells[0] < self.cells[1]:
+            context.port.on_step()
+            if self._exit is not None:
+                break
+            before = self.cells[0]
+            error = self._enter(context, 1) if self.pointers else self._enter_public(context, 1)
+            if error or self._failure is not None or self._exit is not None:
+                break
+            context.port.on_stepped()
+            if self._exit is not None:
+                break
+            if self.cells[0] == before:
+                self.cells[0] += 1  # an instruction takes time, be its block's share a fraction of a nanosecond
+        return error
+
+    def _enter_public(self, context: UnicornContext, count: int = 0) -> int:
         """Without pointers there is no interrupt window: look at IF before a slice, and keep slices short meanwhile."""
+        if context.nmi_window:
+            if not context.state.nmi_masked and not context.state.interrupt_shadow:
+                context.nmi_window = False
+                context.port.on_nmi_window()
+            else:
+                self.cells[1] = min(self.cells[1], self.cells[0] + _WINDOW_NS)
         if context.window:
             if context.state.rflags & _IF and not context.state.interrupt_shadow:
                 context.port.on_irq_window()
@@ -493,9 +584,9 @@ class UnicornEngine:
                     return 0
             if context.window:
                 self.cells[1] = min(self.cells[1], self.cells[0] + _WINDOW_NS)
-        self._sync_out()
-        error = self._enter(context)
-        self._sync_in()
+        self.sync_out()
+        error = self._enter(context, count)
+        self.sync_in()
         return error
 
     def _outcome(self, error: int) -> Exit:
@@ -511,20 +602,31 @@ class UnicornEngine:
         self._kicked = True
         self.cells[1] = _STOP_NOW
 
+    @property
+    def leaving(self) -> bool:
+        """Whether an exit was chosen that ends this slice."""
+        return self._exit is not None
+
     def leave(self, exit_: Exit) -> None:
         """End the slice with ``exit_``: at once from an intercept or an I/O instruction, else at the next block."""
         self._exit = exit_
-        self.apply_window(False)
-        if self._in_interrupt:
-            lib.uc_emu_stop(self._uc)
+        if self.current is not None:
+            self.apply_windows(self.current)
+        if self.in_interrupt:
+            self.stop()
         else:
             self.cells[1] = _STOP_NOW
 
-    def _fail(self, error: BaseException) -> None:
+    def stop(self) -> None:
+        """From the interrupt hook: no more of the guest's code runs in this slice."""
+        lib.uc_emu_stop(self._uc)
+
+    def fail(self, error: BaseException) -> None:
+        """A Python error in a hook: the slice ends, and :meth:`run` raises it."""
         self._failure = self._failure or error
         self.cells[1] = _STOP_NOW
-        if self._in_interrupt:
-            lib.uc_emu_stop(self._uc)
+        if self.in_interrupt:
+            self.stop()
 
     def close(self) -> None:
         """Free the core. The contexts must not be used any more."""
@@ -534,200 +636,7 @@ class UnicornEngine:
             lib.uc_context_free(self._context)
             lib.uc_close(self._uc)
 
-    # ---- exits -------------------------------------------------------------------------------------------------------
-
-    def _handlers(self) -> dict[int, tuple[Callable[[UnicornContext, int], None], int]]:
-        """Who answers an interrupt number, and what it costs: KVM itself intercepts neither exceptions nor RDTSC."""
-        leaving: dict[int, Callable[[UnicornContext, int], None]] = {
-            Intercept.CPUID: self._cpuid,
-            Intercept.MSR: self._msr,
-            Intercept.HLT: self._hlt,
-            Intercept.VMMCALL: self._vmcall,
-            Intercept.RDPMC: self._rdpmc,
-            Intercept.CR0_READ + 8: self._cr8,
-            Intercept.CR0_WRITE + 8: self._cr8,
-        }
-        own: dict[int, Callable[[UnicornContext, int], None]] = {
-            Intercept.PAUSE: self._pause,
-            Intercept.VINTR: self._irq_window,
-            Intercept.SWINT: self._soft_interrupt,
-        }
-        own.update(dict.fromkeys(range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), self._exception))
-        table: dict[int, tuple[Callable[[UnicornContext, int], None], int]]
-        table = dict.fromkeys(range(0x200), (self._unexpected, 0))
-        table.update({0x100 + code: (handler, self.costs.exit_ns) for code, handler in leaving.items()})
-        table.update({0x100 + code: (handler, 0) for code, handler in own.items()})
-        for code in (Intercept.RDTSC, Intercept.RDTSCP):
-            table[0x100 + code] = (self._rdtsc, self.costs.rdtsc_ns)
-        return table
-
-    def _unexpected(self, context: UnicornContext, number: int) -> None:
-        raise EngineError(f"unexpected intercept {number:#x} at RIP {context.state.rip:#x}")
-
-    def _on_interrupt(self, _uc: int, number: int, _user: int) -> None:
-        self._in_interrupt = True
-        try:
-            if not self.pointers:
-                self._sync_in()
-            context = self.current
-            assert context is not None
-            handler, cost = self._table[number]
-            self.cells[0] += cost
-            handler(context, number)
-            if not self.pointers:
-                self._sync_out()
-        except BaseException as error:
-            self._fail(error)
-        finally:
-            self._in_interrupt = False
-
-    def code_bytes(self, context: UnicornContext, length: int) -> bytes:
-        """The instruction bytes at RIP, as many of ``length`` as are mapped executable."""
-        linear = self._linear_rip(context.state)
-        near = min(length, PAGE - linear % PAGE)
-        code = self._fetch(linear, near)
-        return code + self._fetch(linear + near, length - near) if code and near < length else code
-
-    def _fetch(self, linear: int, length: int) -> bytes:
-        error = lib.uc_vmem_read(self._uc, linear, lib.const.UC_PROT_EXEC, self._scratch, length)
-        return b"" if error else self._scratch.raw[:length]
-
-    def _linear_rip(self, state: EnvState) -> int:
-        rip: int = state.q[_EIP]
-        return rip if state.d[_HFLAGS] & Hf.CS64 else rip + state.q[Env.SEGS + 24 + 8 >> 3] & _M32
-
-    def _skip(self, context: UnicornContext, length: int) -> None:
-        """Step over the intercepted instruction; the shadow of a preceding STI ends."""
-        q, d = context.state.q, context.state.d
-        flags = d[_HFLAGS]
-        q[_EIP] = q[_EIP] + length & (_M64 if flags & Hf.CS64 else _M32)
-        if flags & Hf.INHIBIT_IRQ:
-            d[_HFLAGS] = flags & ~Hf.INHIBIT_IRQ
-
-    def _cpuid(self, context: UnicornContext, _number: int) -> None:
-        q = context.state.q
-        q[0], q[3], q[1], q[2] = context.port.on_cpuid(q[0] & _M32, q[1] & _M32)
-        self._skip(context, 2)
-
-    def _msr(self, context: UnicornContext, _number: int) -> None:
-        q = context.state.q
-        index = q[1] & _M32
-        if context.state.d[Env.ERROR_CODE >> 2] & 1:
-            if context.port.on_wrmsr(index, (q[2] & _M32) << 32 | q[0] & _M32):
-                self._skip(context, 2)
-        else:
-            value = context.port.on_rdmsr(index)
-            if value is not None:
-                q[0], q[2] = value & _M32, value >> 32
-                self._skip(context, 2)
-
-    def _rdtsc(self, context: UnicornContext, _number: int) -> None:
-        q = context.state.q
-        value = context.port.on_rdtsc()
-        with_aux = self.code_bytes(context, 3)[1:2] == b"\x01"
-        q[0], q[2] = value & _M32, value >> 32
-        if with_aux:
-            aux = context.port.on_rdmsr(0xC000_0103)
-            q[1] = (aux or 0) & _M32
-        self._skip(context, 3 if with_aux else 2)
-
-    def _rdpmc(self, context: UnicornContext, _number: int) -> None:
-        context.port.on_exception(13, 0, 0)
-
-    def _hlt(self, context: UnicornContext, _number: int) -> None:
-        self._skip(context, 1)
-        context.port.on_hlt()
-
-    def _pause(self, context: UnicornContext, _number: int) -> None:
-        if not self.pointers:
-            self._skip(context, 2)
-            if not self.budget.pause(context.state.cpl):
-                return
-        self.cells[0] += self.costs.exit_ns
-        context.port.on_pause_loop()
-
-    def _irq_window(self, context: UnicornContext, _number: int) -> None:
-        self.apply_window(False)
-        context.port.on_irq_window()
-
-    def _vmcall(self, context: UnicornContext, _number: int) -> None:
-        context.port.on_hypercall()
-        self._skip(context, 3)
-
-    def _exception(self, context: UnicornContext, number: int) -> None:
-        vector = number - 0x100 - Intercept.EXCEPTION
-        state = context.state
-        if vector == _IO_VECTOR and self._io_armed is not None:
-            for register, value in zip((0, 6, 7), self._io_armed, strict=True):
-                state.set_dr(register, value)
-            self._io_armed = None
-            lib.uc_emu_stop(self._uc)
-            return
-        if vector == 6 and self.code_bytes(context, 3) in (b"\x0f\x01\xc1", b"\x0f\x01\xd9"):
-            self._vmcall(context, number)
-            return
-        error = state.d[Env.ERROR_CODE >> 2] if vector in _WITH_ERROR else None
-        context.port.on_exception(vector, error, self._exitinfo2.value if vector == 14 else 0)
-
-    def _soft_interrupt(self, context: UnicornContext, _number: int) -> None:
-        code = self.code_bytes(context, 2)
-        if code[:1] == b"\xcd" and len(code) == 2:
-            context.port.on_soft_interrupt(code[1], 2)
-        elif code[:1] == b"\xce":
-            context.port.on_soft_interrupt(4, 1)
-        else:
-            context.port.on_soft_interrupt(3, 1)
-
-    def _cr8(self, context: UnicornContext, number: int) -> None:
-        code = self.code_bytes(context, 5)
-        at = 0
-        rex = 0
-        while code[at] != 0x0F:
-            rex = code[at] if code[at] & 0xF0 == 0x40 else 0
-            at += 1
-        register = code[at + 2] & 7 | (rex & 1) << 3
-        if number == 0x108:
-            value = context.port.on_cr_read(8)
-            if value is None:
-                return
-            context.state.gpr[register] = value
-        elif not context.port.on_cr_write(8, context.state.gpr[register]):
-            return
-        self._skip(context, at + 3)
-
-    # ---- I/O instructions ------------------------------------------------------------------------------------------
-
-    def _on_in(self, _uc: int, port: int, size: int, _user: int) -> int:
-        try:
-            self.cells[0] += self._exit_ns
-            assert self.current is not None
-            value = self.current.port.on_in(port, size) & (1 << 8 * size) - 1
-            if self._exit is not None:
-                self._arm_io_exit(port)
-            return value
-        except BaseException as error:
-            self._fail(error)
-            return 0
-
-    def _on_out(self, _uc: int, port: int, size: int, value: int, _user: int) -> None:
-        try:
-            self.cells[0] += self._exit_ns
-            assert self.current is not None
-            self.current.port.on_out(port, size, value & (1 << 8 * size) - 1)
-            if self._exit is not None:
-                self._arm_io_exit(port)
-        except BaseException as error:
-            self._fail(error)
-
-    def _arm_io_exit(self, port: int) -> None:
-        """Make the core raise #DB right after this I/O instruction (an I/O breakpoint in DR0)."""
-        assert self.current is not None
-        self._sync_in()
-        state = self.current.state
-        self._io_armed = state.get_dr(0), state.get_dr(6), state.get_dr(7)
-        state.set_dr(0, port)
-        state.set_dr(7, 0x2_0402)  # G0, R/W0 = I/O, one byte
-        self._sync_out()
+    # ---- system calls ---------------------------------------------------------------------------------------------
 
     def _on_syscall(self, _uc: int, _user: int) -> None:
         self._transition(lambda state: syscall(state, state.rip + 2 & _M64))
@@ -740,14 +649,14 @@ class UnicornEngine:
         try:
             context = self.current
             assert context is not None
-            self._sync_in()
+            self.sync_in()
             vector = enter(context.state)
             if vector is not None:
                 context.port.on_exception(vector, 0 if vector in _WITH_ERROR else None, 0)
             context.state.rip -= 2
-            self._sync_out()
+            self.sync_out()
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
 
 
 def _paging_key(state: EnvState) -> tuple[int, int, int, int]:

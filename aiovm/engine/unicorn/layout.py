@@ -20,7 +20,7 @@ CPU_INTERRUPT_REQUEST: Final = 0x1C
 CPU_ENV: Final = 0x128
 CPU_ICOUNT_DECR: Final = 0x130
 CPU_TO_ENV: Final = 0x8A50
-#: Byte 1 of interrupt_request: CPU_INTERRUPT_VIRQ (0x100), the interrupt window.
+#: Byte 1 of interrupt_request: CPU_INTERRUPT_VIRQ (0x100), the interrupt window, and CPU_INTERRUPT_NMI (0x200).
 VIRQ_BYTE: Final = 1
 
 #: The state that a context holds: everything up to the reset area's end.
@@ -60,6 +60,8 @@ class Env:
     INTERCEPT: Final = 0x1590
     INTERCEPT_CR_READ: Final = 0x1598
     INTERCEPT_CR_WRITE: Final = 0x159A
+    INTERCEPT_DR_READ: Final = 0x159C
+    INTERCEPT_DR_WRITE: Final = 0x159E
     INTERCEPT_EXCEPTIONS: Final = 0x15A0
 
 
@@ -114,6 +116,7 @@ class Hf2:
 
     GIF: Final = 1 << 0
     HIF: Final = 1 << 1
+    NMI: Final = 1 << 2
     VINTR: Final = 1 << 3
 
 
@@ -122,13 +125,18 @@ class Intercept:
 
     CR0_READ: Final = 0x00
     CR0_WRITE: Final = 0x10
+    DR0_READ: Final = 0x20
+    DR0_WRITE: Final = 0x30
     EXCEPTION: Final = 0x40
     INTR: Final = 0x60
+    NMI: Final = 0x61
     VINTR: Final = 0x64
     CR0_SEL: Final = 0x65
+    TR_WRITE: Final = 0x6D
     RDTSC: Final = 0x6E
     RDPMC: Final = 0x6F
     CPUID: Final = 0x72
+    RSM: Final = 0x73
     SWINT: Final = 0x75
     PAUSE: Final = 0x77
     HLT: Final = 0x78

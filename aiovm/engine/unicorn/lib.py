@@ -14,6 +14,7 @@ import unicorn.unicorn_py3.unicorn as binding
 from unicorn import unicorn_const, x86_const
 
 __all__ = [
+    "HOOK_ACCESS_T",
     "HOOK_BLOCK_T",
     "HOOK_EDGE_T",
     "HOOK_INTR_T",
@@ -50,6 +51,7 @@ HOOK_EDGE_T = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_void_p)
 HOOK_IN_T = ctypes.CFUNCTYPE(c_uint32, c_void_p, c_uint32, c_int, c_void_p)
 HOOK_OUT_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_int, c_uint32, c_void_p)
 HOOK_SYSCALL_T = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
+HOOK_ACCESS_T = ctypes.CFUNCTYPE(None, c_void_p, c_int, c_uint64, c_int, c_int64, c_void_p)
 HOOK_MEM_T = ctypes.CFUNCTYPE(ctypes.c_bool, c_void_p, c_int, c_uint64, c_int, c_int64, c_void_p)
 MMIO_READ_T = ctypes.CFUNCTYPE(c_uint64, c_void_p, c_uint64, c_uint32, c_void_p)
 MMIO_WRITE_T = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_uint64, c_void_p)
@@ -80,6 +82,7 @@ uc_context_restore = _prototype("uc_context_restore", c_void_p, c_void_p, holdin
 uc_context_free = _prototype("uc_context_free", c_void_p)
 uc_vmem_read = _prototype("uc_vmem_read", c_void_p, c_uint64, c_uint32, c_void_p, c_size_t, holding=True)
 uc_vmem_translate = _prototype("uc_vmem_translate", c_void_p, c_uint64, c_uint32, c_void_p, holding=True)
+uc_hook_del = _prototype("uc_hook_del", c_void_p, c_size_t)
 uc_ctl_0 = _prototype("uc_ctl", c_void_p, c_int, holding=True)
 
 _variadic = ctypes.CDLL(raw._name)
@@ -99,13 +102,14 @@ def ctl(handle: c_void_p, code: int, *arguments: ctypes.c_uint64 | ctypes.c_uint
     return result
 
 
-def hook_add(handle: c_void_p, kind: int, callback: int, user: int, *extra: c_int) -> int:
-    """Add a hook over all addresses; ``callback`` and ``user`` are addresses. Returns the error number."""
+def hook_add(handle: c_void_p, kind: int, callback: int, user: int, *extra: c_int, out: c_size_t | None = None) -> int:
+    """Add a hook over all addresses; ``callback`` and ``user`` are addresses, ``out`` gets what :func:`uc_hook_del`
+    takes. Returns the error number."""
     function = _variadic["uc_hook_add"]
     function.restype = c_int
-    out = c_size_t()
+    hook = c_size_t() if out is None else out
     result: int = function(
-        handle, ctypes.byref(out), c_int(kind), c_void_p(callback), c_void_p(user), c_uint64(1), c_uint64(0), *extra
+        handle, ctypes.byref(hook), c_int(kind), c_void_p(callback), c_void_p(user), c_uint64(1), c_uint64(0), *extra
     )
     return result
 

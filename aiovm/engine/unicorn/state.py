@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiovm.engine.base import DescriptorTable, Seg, Segment
-from aiovm.engine.unicorn.layout import SEGMENT_SIZE, Env, Hf
+from aiovm.engine.unicorn.layout import SEGMENT_SIZE, Env, Hf, Hf2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,12 @@ _EFLAGS = Env.EFLAGS >> 3
 _HFLAGS = Env.HFLAGS >> 2
 _CR0 = Env.CR >> 3
 _EFER = Env.EFER >> 3
+#: PE, WP and PG: what the core's translations depend on.
+_CR0_PAGING = 0x8001_0001
 _CS_FLAGS = _SEGMENT_AT[Seg.CS] + 20 >> 2
 _SS_FLAGS = _SEGMENT_AT[Seg.SS] + 20 >> 2
+#: Bit 1 of a task-state segment's type.
+_BUSY = 0x200
 _BASES = tuple(_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
 
 
@@ -91,8 +95,10 @@ class EnvState:
 
     @cr0.setter
     def cr0(self, value: int) -> None:
-        self.q[_CR0] = value & _M64 | 0x10
-        self.paging_changed = True
+        value = value & _M64 | 0x10
+        if (value ^ self.q[_CR0]) & _CR0_PAGING:
+            self.paging_changed = True
+        self.q[_CR0] = value
         self._derive()
 
     @property
@@ -163,6 +169,15 @@ class EnvState:
         self.d[_HFLAGS] = self.d[_HFLAGS] & ~Hf.INHIBIT_IRQ | (Hf.INHIBIT_IRQ if value else 0)
 
     @property
+    def nmi_masked(self) -> bool:
+        """NMIs are blocked until the next IRET, which the core itself executes."""
+        return bool(self.d[Env.HFLAGS2 >> 2] & Hf2.NMI)
+
+    @nmi_masked.setter
+    def nmi_masked(self, value: bool) -> None:
+        self.d[Env.HFLAGS2 >> 2] = self.d[Env.HFLAGS2 >> 2] & ~Hf2.NMI | (Hf2.NMI if value else 0)
+
+    @property
     def long_mode(self) -> bool:
         return bool(self.d[_HFLAGS] & Hf.CS64)
 
@@ -171,7 +186,10 @@ class EnvState:
     def segment(self, which: Seg) -> Segment:
         at = _SEGMENT_AT[which]
         d = self.d
-        return Segment(d[at >> 2], self.q[at + 8 >> 3], d[at + 16 >> 2], d[at + 20 >> 2])
+        flags = d[at + 20 >> 2]
+        if which == Seg.TR:
+            flags |= _BUSY
+        return Segment(d[at >> 2], self.q[at + 8 >> 3], d[at + 16 >> 2], flags)
 
     def set_segment(self, which: Seg, value: Segment) -> None:
         at = _SEGMENT_AT[which]
@@ -179,7 +197,11 @@ class EnvState:
         d[at >> 2] = value.selector & 0xFFFF
         self.q[at + 8 >> 3] = value.base & _M64
         d[at + 16 >> 2] = value.limit & 0xFFFF_FFFF
-        d[at + 20 >> 2] = value.flags & 0xFFFF_FFFF
+        flags = value.flags & 0xFFFF_FFFF
+        if which == Seg.TR:
+            # The core keeps the type without Busy, and aborts the process on anything but a present TSS.
+            flags = flags & ~0x1600 | 0x8100
+        d[at + 20 >> 2] = flags
         if which <= Seg.DS:
             if which == Seg.SS:
                 d[_HFLAGS] = d[_HFLAGS] & ~Hf.CPL | value.flags >> 13 & 3

@@ -1,0 +1,336 @@
+"""What the core reports in place: one handler an intercept, from the registers to the guest port and back.
+
+Rules:
+
+* RIP stands at the instruction. A handler asks the port, writes the results, and steps over the whole instruction,
+  prefixes included; when the port answered with a fault, RIP stays where the port put it.
+* The single-step trap (RFLAGS.TF) follows an instruction that was answered here, as it follows the core's own.
+* Control and debug registers are written by the port alone; the TLB is flushed before the guest goes on.
+* A slice whose time is over ends here too: faults on faults may never reach a block.
+
+Not modelled: the trap of a single step over an instruction that leaves to the host.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from aiovm.engine.unicorn.decode import Instruction, decode, effective_address
+from aiovm.engine.unicorn.layout import Env, Hf, Intercept
+from aiovm.errors import EngineError
+from aiovm.events import EventKind
+from aiovm.memory import PAGE
+from aiovm.mmu import IoNeeded, read_virt_u
+from aiovm.page_walk import PageFault, PagingRegs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiovm.engine.unicorn.engine import UnicornContext, UnicornEngine
+    from aiovm.engine.unicorn.state import EnvState
+
+__all__ = ["Intercepts"]
+
+_EIP: Final = Env.EIP >> 3
+_EFLAGS: Final = Env.EFLAGS >> 3
+_HFLAGS: Final = Env.HFLAGS >> 2
+_M32: Final = 0xFFFF_FFFF
+_M64: Final = 0xFFFF_FFFF_FFFF_FFFF
+_TF: Final = 0x100
+_DR6_BS: Final = 1 << 14
+_WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
+_LONGEST: Final = 15
+_CALLS: Final = frozenset({0xC1, 0xD9})  # VMCALL, VMMCALL
+
+
+class Intercepts:
+    """The handlers of one engine; ``table`` says who answers an interrupt number, and what that costs."""
+
+    def __init__(self, engine: UnicornEngine) -> None:
+        self._engine = engine
+        costs = engine.costs
+        # KVM itself intercepts neither exceptions nor RDTSC.
+        leaving: dict[int, Callable[[UnicornContext, int], None]] = {
+            Intercept.CPUID: self._cpuid,
+            Intercept.MSR: self._msr,
+            Intercept.HLT: self._hlt,
+            Intercept.RDPMC: self._rdpmc,
+            Intercept.RSM: self._rsm,
+            Intercept.TR_WRITE: self._load_tr,
+        }
+        leaving.update(dict.fromkeys(range(Intercept.CR0_READ, Intercept.CR0_READ + 16), self._cr_read))
+        leaving.update(dict.fromkeys(range(Intercept.CR0_WRITE, Intercept.CR0_WRITE + 16), self._cr_write))
+        leaving.update(dict.fromkeys(range(Intercept.DR0_READ, Intercept.DR0_READ + 16), self._dr_read))
+        leaving.update(dict.fromkeys(range(Intercept.DR0_WRITE, Intercept.DR0_WRITE + 16), self._dr_write))
+        own: dict[int, Callable[[UnicornContext, int], None]] = {
+            Intercept.PAUSE: self._pause,
+            Intercept.VINTR: self._irq_window,
+            Intercept.NMI: self._nmi_window,
+            Intercept.SWINT: self._soft_interrupt,
+        }
+        own.update(dict.fromkeys(range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), self._exception))
+        table: dict[int, tuple[Callable[[UnicornContext, int], None], int]]
+        table = dict.fromkeys(range(0x200), (self._unexpected, 0))
+        table.update({0x100 + code: (handler, costs.exit_ns) for code, handler in leaving.items()})
+        table.update({0x100 + code: (handler, 0) for code, handler in own.items()})
+        for code in (Intercept.RDTSC, Intercept.RDTSCP):
+            table[0x100 + code] = (self._rdtsc, costs.rdtsc_ns)
+        self.table = table
+
+    def _unexpected(self, context: UnicornContext, number: int) -> None:
+        raise EngineError(f"unexpected intercept {number:#x} at RIP {context.state.rip:#x}")
+
+    # ---- code --------------------------------------------------------------------------------------------------------
+
+    def code_bytes(self, context: UnicornContext, length: int) -> bytes:
+        """The instruction bytes at RIP, as many of ``length`` as are mapped executable."""
+        linear = context.linear_rip
+        near = min(length, PAGE - linear % PAGE)
+        code = self._engine.fetch(linear, near)
+        return code + self._engine.fetch(linear + near, length - near) if code and near < length else code
+
+    def decode(self, context: UnicornContext) -> Instruction | None:
+        """The instruction at RIP; None when its bytes cannot be read any more."""
+        flags = context.state.d[_HFLAGS]
+        mode = 64 if flags & Hf.CS64 else 32 if flags & Hf.CS32 else 16
+        return decode(self.code_bytes(context, _LONGEST), mode)
+
+    def _length(self, context: UnicornContext, plain: bytes) -> int:
+        """How long the instruction is that is ``plain`` but for prefixes."""
+        size = len(plain)
+        if self._engine.fetch(context.linear_rip, size) == plain:
+            return size
+        insn = self.decode(context)
+        return size if insn is None else insn.length
+
+    def skip(self, context: UnicornContext, length: int) -> bool:
+        """Step over the instruction; a shadow ends. Whether that was the whole of it: no single-step trap follows."""
+        q, d = context.state.q, context.state.d
+        flags = d[_HFLAGS]
+        q[_EIP] = q[_EIP] + length & (_M64 if flags & Hf.CS64 else _M32)
+        if flags & Hf.INHIBIT_IRQ:
+            d[_HFLAGS] = flags & ~Hf.INHIBIT_IRQ
+        if not q[_EFLAGS] & _TF:
+            return True
+        self.trap(context)
+        return False
+
+    def trap(self, context: UnicornContext) -> None:
+        """The single-step #DB (SDM vol. 3B, 18.3.1.4)."""
+        state = context.state
+        state.set_dr(6, state.get_dr(6) | _DR6_BS)
+        context.port.on_exception(1, None, 0)
+
+    # ---- identity, MSRs, time ----------------------------------------------------------------------------------------
+
+    def _cpuid(self, context: UnicornContext, _number: int) -> None:
+        q = context.state.q
+        q[0], q[3], q[1], q[2] = context.port.on_cpuid(q[0] & _M32, q[1] & _M32)
+        self.skip(context, self._length(context, b"\x0f\xa2"))
+
+    def _msr(self, context: UnicornContext, _number: int) -> None:
+        q = context.state.q
+        index = q[1] & _M32
+        if context.state.d[Env.ERROR_CODE >> 2] & 1:
+            length = self._length(context, b"\x0f\x30")
+            if context.port.on_wrmsr(index, (q[2] & _M32) << 32 | q[0] & _M32):
+                self.skip(context, length)
+        else:
+            value = context.port.on_rdmsr(index)
+            if value is not None:
+                q[0], q[2] = value & _M32, value >> 32
+                self.skip(context, self._length(context, b"\x0f\x32"))
+
+    def _rdtsc(self, context: UnicornContext, _number: int) -> None:
+        q = context.state.q
+        code = self.code_bytes(context, 2)
+        length, with_aux = 2, False
+        if code != b"\x0f\x31":
+            insn = self.decode(context)
+            if insn is not None:
+                length, with_aux = insn.length, insn.opcode == 0x0F01
+        value = context.port.on_rdtsc()
+        q[0], q[2] = value & _M32, value >> 32
+        if with_aux:
+            aux = context.port.on_rdmsr(0xC000_0103)
+            q[1] = (aux or 0) & _M32
+        self.skip(context, length)
+
+    def _rdpmc(self, context: UnicornContext, _number: int) -> None:
+        context.port.on_exception(13, 0, 0)
+
+    # ---- waiting and windows -----------------------------------------------------------------------------------------
+
+    def _hlt(self, context: UnicornContext, _number: int) -> None:
+        if self.skip(context, self._length(context, b"\xf4")):
+            context.port.on_hlt()
+
+    def _pause(self, context: UnicornContext, _number: int) -> None:
+        engine = self._engine
+        if not engine.pointers:
+            self.skip(context, self._length(context, b"\xf3\x90"))
+            if not engine.budget.pause(context.state.cpl):
+                return
+        engine.cells[0] += engine.costs.exit_ns
+        context.port.on_pause_loop()
+
+    def _irq_window(self, context: UnicornContext, _number: int) -> None:
+        context.window = False
+        self._engine.apply_windows(context)
+        context.port.on_irq_window()
+
+    def _nmi_window(self, context: UnicornContext, _number: int) -> None:
+        """NMIs are open. In a shadow the slice ends behind the next instruction, and the entry looks again."""
+        context.nmi_window = False
+        self._engine.apply_windows(context)
+        if context.state.interrupt_shadow:
+            cells = self._engine.cells
+            cells[1] = min(cells[1], cells[0] + 1)
+        else:
+            context.port.on_nmi_window()
+
+    # ---- events ------------------------------------------------------------------------------------------------------
+
+    def _exception(self, context: UnicornContext, number: int) -> None:
+        vector = number - 0x100 - Intercept.EXCEPTION
+        engine = self._engine
+        state = context.state
+        if vector == 1 and engine.io.finish(context):
+            return
+        if vector == 6 and self._meant(context):
+            return
+        error = state.d[Env.ERROR_CODE >> 2] if vector in _WITH_ERROR else None
+        context.port.on_exception(vector, error, engine.fault_address if vector == 14 else 0)
+
+    def _meant(self, context: UnicornContext) -> bool:
+        """Whether an instruction that the core does not know is a hypercall or INT1; then it is done."""
+        insn = self.decode(context)
+        if insn is None:
+            return False
+        if insn.opcode == 0x0F01 and insn.modrm in _CALLS and not insn.lock:
+            self._engine.cells[0] += self._engine.costs.exit_ns
+            context.port.on_hypercall()
+            self.skip(context, insn.length)
+            return True
+        if insn.opcode == 0xF1 and not insn.lock:
+            context.port.on_soft_interrupt(1, insn.length, EventKind.ICEBP)
+            return True
+        return False
+
+    def _soft_interrupt(self, context: UnicornContext, _number: int) -> None:
+        insn = self.decode(context)
+        if insn is None:  # its bytes have gone: the next fetch finds out
+            context.port.on_exception(6, None, 0)
+        elif insn.opcode == 0xCD:
+            context.port.on_soft_interrupt(insn.immediate, insn.length, EventKind.SOFT_INT)
+        else:
+            context.port.on_soft_interrupt(3 if insn.opcode == 0xCC else 4, insn.length, EventKind.SOFT_EXC)
+
+    def _rsm(self, context: UnicornContext, _number: int) -> None:
+        context.port.on_rsm()
+
+    # ---- control, debug and task registers ---------------------------------------------------------------------------
+
+    def _cr_read(self, context: UnicornContext, number: int) -> None:
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        value = context.port.on_cr_read(number - 0x100 - Intercept.CR0_READ)
+        if value is not None:
+            _store(context.state, insn.rm, value)
+            self.skip(context, insn.length)
+
+    def _cr_write(self, context: UnicornContext, number: int) -> None:
+        """MOV to a control register; CLTS and LMSW are stores to CR0 (SDM vol. 3A, 2.5)."""
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        state = context.state
+        if insn.opcode == 0x0F06:
+            value: int | None = state.cr0 & ~8
+        elif insn.opcode == 0x0F01:
+            operand = self._operand16(context, insn)
+            value = None if operand is None else state.cr0 & ~0xE | operand & 0xF
+        else:
+            value = _load(state, insn.rm)
+        if value is not None and context.port.on_cr_write(number - 0x100 - Intercept.CR0_WRITE, value):
+            self.skip(context, insn.length)
+
+    def _dr_read(self, context: UnicornContext, number: int) -> None:
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        value = context.port.on_dr_read(number - 0x100 - Intercept.DR0_READ)
+        if value is not None:
+            _store(context.state, insn.rm, value)
+            self.skip(context, insn.length)
+
+    def _dr_write(self, context: UnicornContext, number: int) -> None:
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        if context.port.on_dr_write(number - 0x100 - Intercept.DR0_WRITE, _load(context.state, insn.rm)):
+            self.skip(context, insn.length)
+
+    def _load_tr(self, context: UnicornContext, _number: int) -> None:
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        selector = self._operand16(context, insn)
+        if selector is not None and context.port.on_load_tr(selector):
+            self.skip(context, insn.length)
+
+    def _decoded(self, context: UnicornContext) -> Instruction | None:
+        """As :meth:`decode`; bytes that have gone are an invalid opcode."""
+        insn = self.decode(context)
+        if insn is None:
+            context.port.on_exception(6, None, 0)
+        return insn
+
+    def _operand16(self, context: UnicornContext, insn: Instruction) -> int | None:
+        """A 16-bit register or memory operand; None: its page fault was raised. Where no memory is, all ones."""
+        state = context.state
+        if insn.is_register:
+            return state.q[insn.rm] & 0xFFFF
+        regs = PagingRegs.of(state)
+        value = read_virt_u(self._engine.memory, regs, effective_address(state, insn), 2, regs.data_access())
+        if isinstance(value, PageFault):
+            context.port.on_exception(14, value.error_code, value.address)
+            return None
+        return 0xFFFF if isinstance(value, IoNeeded) else value
+
+    # ---- the entry from the core -------------------------------------------------------------------------------------
+
+    def on_interrupt(self, _uc: int, number: int, _user: int) -> None:
+        """The core's interrupt hook."""
+        engine = self._engine
+        engine.in_interrupt = True
+        try:
+            if not engine.pointers:
+                engine.sync_in()
+            context = engine.current
+            assert context is not None
+            handler, cost = self.table[number]
+            cells = engine.cells
+            cells[0] += cost
+            handler(context, number)
+            if not engine.pointers:
+                engine.sync_out()
+            if context.state.paging_changed:
+                engine.flush_tlb(context)
+            if cells[0] >= cells[1]:
+                engine.stop()
+        except BaseException as error:
+            engine.fail(error)
+        finally:
+            engine.in_interrupt = False
+
+
+def _load(state: EnvState, register: int) -> int:
+    """A general register as MOV to CR or DR reads it: 64 bits in 64-bit mode, else 32."""
+    value: int = state.q[register]
+    return value if state.d[_HFLAGS] & Hf.CS64 else value & _M32
+
+
+def _store(state: EnvState, register: int, value: int) -> None:
+    state.q[register] = value if state.d[_HFLAGS] & Hf.CS64 else value & _M32
