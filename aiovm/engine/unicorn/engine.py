@@ -231,6 +231,8 @@ class UnicornEngine:
         self._failure: BaseException | None = None
         #: The core's interrupt hook runs: the slice can be stopped at once.
         self.in_interrupt = False
+        #: This slice goes instruction by instruction.
+        self.stepping = False
         self._kicked = False
         self._dirty_code = False
         #: Nothing is translated yet: the core does not tell of its first block.
@@ -299,7 +301,8 @@ class UnicornEngine:
             self._pending_at = ctypes.c_uint64.from_address(cpu + CPU_ICOUNT_DECR).value + 2
             self._pending = ctypes.c_uint16.from_address(self._pending_at)
             self._virq = ctypes.c_uint8.from_address(cpu + CPU_INTERRUPT_REQUEST + VIRQ_BYTE)
-            ctypes.c_uint8.from_address(out.value + UC_NO_EXIT_REQUEST).value = 1
+            self._no_exit_request = ctypes.c_uint8.from_address(out.value + UC_NO_EXIT_REQUEST)
+            self._no_exit_request.value = 1
             self._live = memoryview((ctypes.c_char * ENV_END).from_address(self._env)).cast("B")
         else:
             self._env = self._pending_at = 0
@@ -514,6 +517,8 @@ class UnicornEngine:
         if self._first:
             self._first = False
             self.budget.mark_code(self._uc, context.linear_rip)
+        if context.stepping is not self.stepping:
+            self._set_stepping(context.stepping)
         if context.stepping:
             error = self._step(context)
         else:
@@ -530,6 +535,13 @@ class UnicornEngine:
     def _enter(self, context: UnicornContext, count: int = 0) -> int:
         """Guest code runs, ``count`` instructions if it is not 0; the core's error number."""
         return int(self._emu_start(self._uc, context.state.q[_EIP], 0, 0, count))
+
+    def _set_stepping(self, wanted: bool) -> None:
+        """Counted instructions need the exit checks that :data:`UC_NO_EXIT_REQUEST` leaves out of translations."""
+        self.stepping = wanted
+        if self.pointers:
+            self._no_exit_request.value = 0 if wanted else 1
+        lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
 
     def _watch(self, wanted: bool) -> None:
         """Have the core report accesses to memory, or no longer: translations carry the choice."""
@@ -554,7 +566,7 @@ class UnicornEngine:
         """Instruction by instruction, with the port asked around each."""
         error = 0
         self._watch(context.watching)
-        while self.cells[0] < self.cells[1]:
+        while context.stepping and self.cells[0] < self.cells[1]:
             context.port.on_step()
             if self._exit is not None:
                 break

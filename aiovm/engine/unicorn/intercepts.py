@@ -318,7 +318,7 @@ class Intercepts:
                 engine.sync_out()
             if context.state.paging_changed:
                 engine.flush_tlb(context)
-            if cells[0] >= cells[1]:
+            if cells[0] >= cells[1] or context.stepping is not engine.stepping:
                 engine.stop()
         except BaseException as error:
             engine.fail(error)
