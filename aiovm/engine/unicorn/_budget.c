@@ -21,8 +21,11 @@ typedef struct {
     volatile uint16_t *exit_pending; /* non-zero: the core leaves before this block */
     uint64_t *eip;           /* null on the public path: every exit goes to Python */
     uint32_t *hflags;
+    uint64_t *cs_base;
     int (*stop)(void *);
-    void (*interrupt)(void *, uint32_t, void *);
+    PyObject *interrupt;     /* called with the number; answers the exit and never raises */
+    int (*fetch)(void *, uint64_t, uint32_t, void *, size_t);
+    uint64_t code;           /* the first bytes of the instruction that exits, as many as are mapped up to 3 */
     int (*translate)(void *, uint64_t, uint32_t, uint64_t *);
     uint8_t *code_pages;     /* one byte a guest page: code was translated from it */
     uint64_t code_page_count;
@@ -33,7 +36,7 @@ typedef struct {
     uint16_t icount, size;
 } block;
 
-enum { PAUSE = 0x177, INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15 };
+enum { RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, MSR = 0x17c, INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, EXECUTE = 4 };
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
@@ -52,6 +55,28 @@ static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
     charge = b->frac + (int64_t)size * b->rate;
     b->cells[0] = now + (charge >> 8);
     b->frac = charge & 255;
+}
+
+/* Hand an exit to Python. The bytes of instructions that have one length, prefixes apart, come along. */
+static void report(budget *b, void *uc, uint32_t number)
+{
+    PyGILState_STATE state;
+    PyObject *argument, *result;
+    b->code = 0;
+    if (b->eip && (number == CPUID || number == MSR || number == RDTSC)) {
+        uint64_t linear = *b->hflags & CS64 ? *b->eip : (uint32_t)(*b->eip + *b->cs_base);
+        size_t left = 4096 - (linear & 4095);
+        if (b->fetch(uc, linear, EXECUTE, &b->code, left < 3 ? left : 3))
+            b->code = 0;
+    }
+    state = PyGILState_Ensure();
+    argument = PyLong_FromUnsignedLong(number);
+    result = argument ? PyObject_CallFunctionObjArgs(b->interrupt, argument, NULL) : NULL;
+    if (!result)
+        PyErr_WriteUnraisable(b->interrupt);
+    Py_XDECREF(result);
+    Py_XDECREF(argument);
+    PyGILState_Release(state);
 }
 
 static void on_interrupt(void *uc, uint32_t number, void *data)
@@ -73,14 +98,13 @@ static void on_interrupt(void *uc, uint32_t number, void *data)
             return;
         b->ple_first = end;
     }
-    b->interrupt(uc, number, data);
+    report(b, uc, number);
 }
 
 static void mark(budget *b, void *uc, uint64_t linear)
 {
     uint64_t physical;
-    enum { FETCH = 4 };
-    if (b->translate(uc, linear, FETCH, &physical) == 0 && physical >> 12 < b->code_page_count)
+    if (b->translate(uc, linear, EXECUTE, &physical) == 0 && physical >> 12 < b->code_page_count)
         b->code_pages[physical >> 12] = 1;
 }
 

@@ -54,8 +54,11 @@ class BudgetStruct(ctypes.Structure):
         ("exit_pending", c_void_p),
         ("eip", c_void_p),
         ("hflags", c_void_p),
+        ("cs_base", c_void_p),
         ("stop", c_void_p),
-        ("interrupt", c_void_p),
+        ("interrupt", ctypes.py_object),
+        ("fetch", c_void_p),
+        ("code", c_uint64),
         ("translate", c_void_p),
         ("code_pages", c_void_p),
         ("code_page_count", c_uint64),
@@ -71,6 +74,7 @@ class BudgetStruct(ctypes.Structure):
         ple_window: int
         ple_first: int
         ple_last: int
+        code: int
 
 
 class _Block(ctypes.Structure):
@@ -82,8 +86,8 @@ class _Block(ctypes.Structure):
 class Budget:
     """One engine's budget. ``native`` chooses the C hook; ``interrupt`` is Python's exit handler.
 
-    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``eip`` and ``hflags`` are addresses
-    inside the core (0 on the public path, where exits always go to Python). ``memory_end``: first address above RAM.
+    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``eip``, ``hflags`` and ``cs_base`` are
+    addresses inside the core (0 on the public path, where exits always go to Python). ``memory_end``: first address above RAM.
     """
 
     def __init__(
@@ -91,10 +95,11 @@ class Budget:
         cells: memoryview,
         *,
         native: bool,
-        interrupt: Callable[[int, int, int], None],
+        interrupt: Callable[[int], None],
         pending: int,
         eip: int,
         hflags: int,
+        cs_base: int,
         memory_end: int,
     ) -> None:
         self.native = native
@@ -106,15 +111,15 @@ class Budget:
         s.exit_pending = pending or ctypes.addressof(self._quiet)
         s.eip = eip or None
         s.hflags = hflags or None
+        s.cs_base = cs_base or None
         s.stop = lib.address_of(lib.uc_emu_stop)
         s.ple_window = -1
         #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`.
         self.code_pages = bytearray(0)
         self.cover(memory_end)
         s.translate = lib.address_of(lib.uc_vmem_translate)
-        self._python = interrupt
-        self._interrupt = lib.HOOK_INTR_T(interrupt)
-        s.interrupt = lib.address_of(self._interrupt)
+        s.fetch = lib.address_of(lib.uc_vmem_read)
+        self._python = s.interrupt = interrupt
         self.address = ctypes.addressof(s)
         if native:
             if _budget is None:
@@ -174,14 +179,14 @@ class Budget:
         cells[0] = now + (charge >> 8)
         s.frac = charge & 255
 
-    def _twin_interrupt(self, uc: int, number: int, user: int) -> None:
+    def _twin_interrupt(self, uc: int, number: int, _user: int) -> None:
         if number == PAUSE and self._eip is not None and self._hflags is not None:
             flags = self._hflags.value
             self._eip.value = self._eip.value + 2 if flags & Hf.CS64 else self._eip.value + 2 & 0xFFFF_FFFF
             self._hflags.value = flags & ~Hf.INHIBIT_IRQ
             if not self.pause(flags & Hf.CPL):
                 return
-        self._python(uc, number, user)
+        self._python(number)
 
     def pause(self, cpl: int) -> bool:
         """Charge one PAUSE at ``cpl``; whether the pause-loop window closed. The core has not moved RIP for it."""

@@ -38,6 +38,7 @@ from aiovm.engine.unicorn.layout import (
     EFER_MSR,
     ENV_END,
     MSRS,
+    SEGMENT_SIZE,
     UC_CPU,
     UC_NO_EXIT_REQUEST,
     VIRQ_BYTE,
@@ -255,6 +256,7 @@ class UnicornEngine:
             pending=self._pending_at,
             eip=self._env + Env.EIP if self.pointers else 0,
             hflags=self._env + Env.HFLAGS if self.pointers else 0,
+            cs_base=self._env + Env.SEGS + SEGMENT_SIZE + 8 if self.pointers else 0,
             memory_end=max((slot.end for slot in memory.map.slots), default=0),
         )
         self.budget.struct.rate = costs.code_rate

@@ -95,13 +95,12 @@ class Intercepts:
         mode = 64 if flags & Hf.CS64 else 32 if flags & Hf.CS32 else 16
         return decode(self.code_bytes(context, _LONGEST), mode)
 
-    def _length(self, context: UnicornContext, plain: bytes) -> int:
-        """How long the instruction is that is ``plain`` but for prefixes."""
-        size = len(plain)
-        if self._engine.fetch(context.linear_rip, size) == plain:
-            return size
+    def _length(self, context: UnicornContext, plain: int) -> int:
+        """How long the instruction is whose two bytes, little-endian, are ``plain`` but for prefixes."""
+        if self._engine.budget.struct.code & 0xFFFF == plain:
+            return 2
         insn = self.decode(context)
-        return size if insn is None else insn.length
+        return 2 if insn is None else insn.length
 
     def skip(self, context: UnicornContext, length: int) -> bool:
         """Step over the instruction; a shadow ends. Whether that was the whole of it: no single-step trap follows."""
@@ -126,26 +125,25 @@ class Intercepts:
     def _cpuid(self, context: UnicornContext, _number: int) -> None:
         q = context.state.q
         q[0], q[3], q[1], q[2] = context.port.on_cpuid(q[0] & _M32, q[1] & _M32)
-        self.skip(context, self._length(context, b"\x0f\xa2"))
+        self.skip(context, self._length(context, 0xA20F))
 
     def _msr(self, context: UnicornContext, _number: int) -> None:
         q = context.state.q
         index = q[1] & _M32
         if context.state.d[Env.ERROR_CODE >> 2] & 1:
-            length = self._length(context, b"\x0f\x30")
+            length = self._length(context, 0x300F)
             if context.port.on_wrmsr(index, (q[2] & _M32) << 32 | q[0] & _M32):
                 self.skip(context, length)
         else:
             value = context.port.on_rdmsr(index)
             if value is not None:
                 q[0], q[2] = value & _M32, value >> 32
-                self.skip(context, self._length(context, b"\x0f\x32"))
+                self.skip(context, self._length(context, 0x320F))
 
     def _rdtsc(self, context: UnicornContext, _number: int) -> None:
         q = context.state.q
-        code = self.code_bytes(context, 2)
         length, with_aux = 2, False
-        if code != b"\x0f\x31":
+        if self._engine.budget.struct.code & 0xFFFF != 0x310F:
             insn = self.decode(context)
             if insn is not None:
                 length, with_aux = insn.length, insn.opcode == 0x0F01
@@ -301,7 +299,7 @@ class Intercepts:
 
     # ---- the entry from the core -------------------------------------------------------------------------------------
 
-    def on_interrupt(self, _uc: int, number: int, _user: int) -> None:
+    def on_interrupt(self, number: int) -> None:
         """The core's interrupt hook."""
         engine = self._engine
         engine.in_interrupt = True
@@ -309,21 +307,19 @@ class Intercepts:
             if not engine.pointers:
                 engine.sync_in()
             context = engine.current
-            assert context is not None
             handler, cost = self.table[number]
             cells = engine.cells
             cells[0] += cost
-            handler(context, number)
+            handler(context, number)  # type: ignore[arg-type]  # a vCPU is loaded while code runs
             if not engine.pointers:
                 engine.sync_out()
-            if context.state.paging_changed:
-                engine.flush_tlb(context)
+            if context.state.paging_changed:  # type: ignore[union-attr]
+                engine.flush_tlb(context)  # type: ignore[arg-type]
             if cells[0] >= cells[1] or context.stepping is not engine.stepping:
                 engine.stop()
         except BaseException as error:
             engine.fail(error)
-        finally:
-            engine.in_interrupt = False
+        engine.in_interrupt = False
 
 
 def _load(state: EnvState, register: int) -> int:
