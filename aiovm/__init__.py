@@ -13,10 +13,12 @@ from aiovm.clock import VirtualClock, WallClock
 from aiovm.costs import Costs
 from aiovm.errors import (
     AiovmError,
+    CommandFailed,
     ConfigError,
     DeadlockError,
     EngineError,
     GuestError,
+    GuestPanic,
     HostError,
     InternalError,
     LivelockError,
@@ -33,11 +35,13 @@ from aiovm.vm import Outcome, Vm
 
 __all__ = [
     "AiovmError",
+    "CommandFailed",
     "ConfigError",
     "Costs",
     "DeadlockError",
     "EngineError",
     "GuestError",
+    "GuestPanic",
     "HashSink",
     "Host",
     "HostError",

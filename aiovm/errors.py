@@ -8,11 +8,13 @@
     │   └── StateError (RuntimeError)       the call is not allowed now; names the state and the call
     ├── GuestError                      the guest ended itself; carries vCPU, RIP and the last exits
     │   ├── TripleFault
+    │   ├── GuestPanic                      its kernel panicked
     │   └── UnhandledExit
     ├── StallError                      the run cannot go on
     │   ├── DeadlockError                   everything waits, and nothing can wake it
     │   └── LivelockError                   turns pass, time does not
-    ├── TimeoutExpired                  the run's own time limit passed
+    ├── TimeoutExpired                  a time limit passed
+    ├── CommandFailed                   a command in the guest's shell failed
     ├── EngineError                     the CPU engine failed; the cause is chained
     └── InternalError                   our own invariant broke: please report it
 
@@ -24,10 +26,12 @@ from __future__ import annotations
 
 __all__ = [
     "AiovmError",
+    "CommandFailed",
     "ConfigError",
     "DeadlockError",
     "EngineError",
     "GuestError",
+    "GuestPanic",
     "HostError",
     "InternalError",
     "LivelockError",
@@ -75,6 +79,17 @@ class TripleFault(GuestError):
     """A fault while delivering a double fault: the machine shuts down (SDM vol. 3A, 6.15)."""
 
 
+class GuestPanic(GuestError):
+    """The guest's kernel panicked; ``lines`` is what it printed from there on."""
+
+    def __init__(self, message: str, *, lines: tuple[str, ...], vcpu: int, rip: int) -> None:
+        super().__init__(f"the guest's kernel panicked: {message}", vcpu=vcpu, rip=rip)
+        self.lines = lines
+
+    def __str__(self) -> str:
+        return "\n  ".join((super().__str__(), *self.lines))
+
+
 class UnhandledExit(GuestError):
     """The vCPU left for a reason that nobody answers."""
 
@@ -92,7 +107,11 @@ class LivelockError(StallError):
 
 
 class TimeoutExpired(AiovmError):
-    """The run's time limit passed before the guest was done."""
+    """A time limit passed before the guest was done, or said what was waited for."""
+
+
+class CommandFailed(AiovmError):
+    """A command in the guest's shell ended with a status other than 0."""
 
 
 class EngineError(AiovmError):

@@ -15,39 +15,45 @@ import asyncio
 import enum
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from aiovm.acpi import Board, write_tables
 from aiovm.bus import Bus
 from aiovm.clock import Timer, VirtualClock, new_cells
+from aiovm.console import Console
 from aiovm.cpuid import CpuidTable
 from aiovm.devices.debug_exit import DebugExit
 from aiovm.engine.unicorn import UnicornEngine
-from aiovm.errors import ConfigError, EngineError, StateError, TripleFault, UnhandledExit
+from aiovm.errors import ConfigError, EngineError, GuestPanic, StateError, TripleFault, UnhandledExit
 from aiovm.exits import EngineFault, Exit, Interrupted, Shutdown, SystemEvent
 from aiovm.halt_poll import LINUX_6_16
 from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
 from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
-from aiovm.loaders import LoadedImage, Module, apply, load
+from aiovm.loaders import LoadedImage, Module, apply, load, read_modules
+from aiovm.loop import Host
 from aiovm.memory import GuestMemory
+from aiovm.panic import PanicWatch
 from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
 from aiovm.pc import Pc
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
+from aiovm.units import parse_size
 from aiovm.vcpu import MpState, Vcpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import re
+    from collections.abc import AsyncIterator, Callable, Sequence
     from types import TracebackType
 
     from aiovm.engine.base import Context
-    from aiovm.loop import Host
 
-__all__ = ["LifeState", "Outcome", "Vm"]
+__all__ = ["LifeEvent", "LifeState", "Outcome", "Vm"]
 
 _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
 _DEBUG_EXIT = 0xF4
@@ -144,7 +150,11 @@ class Vm:
         self.ram_size = memory
         self.ports = Bus("port", 16)
         self.mmio = Bus("MMIO", 52)
-        self._console = console
+        self._sink = console
+        self._panic = PanicWatch()
+        self.console = Console(
+            soon=lambda ns, callback: self.call_at(self.clock.now() + ns, callback), send=self.feed_console
+        )
         self._typed = bytearray()
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
 
@@ -172,8 +182,44 @@ class Vm:
         self.vcpus = tuple(Vcpu(self, i, vcpu_id=i, apic=self.lapics[i]) for i in range(vcpus))
         self.nodes = nodes
         self.pc = Pc(self, sink=self._put, on_room=self._type)
+        self._running: asyncio.Task[Outcome] | None = None
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.image: LoadedImage | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def linux(
+        cls,
+        kernel: str | Path,
+        *,
+        initrd: str = "",
+        cmdline: str = "console=ttyS0",
+        vcpus: int = 1,
+        pcpus: int | None = None,
+        memory: int | str = "256M",
+        host: Host | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Self]:
+        """A running Linux guest: wait for its words with :meth:`expect`, run commands with :meth:`shell`.
+
+        ``initrd`` as ``aiovm run`` takes it, ``options`` as the class does. Without ``host`` one is made, with a
+        physical CPU for each vCPU. The machine is stopped at the end; a guest that ended badly before raises there.
+        """
+        image = _read(kernel)
+        if host is None:
+            host = Host(vcpus if pcpus is None else pcpus)
+        size = memory if isinstance(memory, int) else parse_size(memory)
+        async with cls(host, vcpus=vcpus, memory=size, **options) as vm:
+            vm.load(image, name=Path(kernel).name, cmdline=cmdline, modules=read_modules(initrd))
+            vm.start()
+            assert vm._running is not None
+            try:
+                yield vm
+                if vm._running.done():
+                    vm._running.result()
+            finally:
+                vm._running.cancel()
+                await asyncio.wait([vm._running])
 
     # ---- life --------------------------------------------------------------------------------------------------
 
@@ -210,8 +256,30 @@ class Vm:
         self.apic_map_changed()
         return self.image
 
+    def start(self) -> None:
+        """:meth:`run` in the background; :meth:`finished` waits for it."""
+        self._running = asyncio.create_task(self.run(), name=f"vm-{self.number}")
+
+    async def finished(self) -> Outcome:
+        """Wait until a machine that was started has ended."""
+        if self._running is None:
+            raise StateError("the machine was not started")
+        return await asyncio.shield(self._running)
+
     async def run(self) -> Outcome:
         """Run every vCPU until the guest ends; raises :class:`GuestError` when it ended itself badly."""
+        try:
+            outcome = await self._run()
+        except Exception as error:
+            self.console.end(error)
+            raise
+        except BaseException:
+            self.console.end(StateError("the machine was stopped"))
+            raise
+        self.console.end(StateError(f"the guest has ended: {outcome.reason}"))
+        return outcome
+
+    async def _run(self) -> Outcome:
         self._move(LifeEvent.RUN)
         tasks = [asyncio.create_task(self._drive(v), name=f"vcpu-{self.number}.{v.index}") for v in self.vcpus]
         try:
@@ -236,6 +304,8 @@ class Vm:
         """An exit that reached the embedding side."""
         rip, history = vcpu.context.state.rip, tuple(vcpu.history)
         match exit_:
+            case SystemEvent("panic" | "reset") if self._panic.message is not None:
+                raise GuestPanic(self._panic.message, lines=self._panic.lines, vcpu=vcpu.index, rip=rip)
             case SystemEvent(kind, status):
                 if self.trace.on:
                     self.trace.emit(self.clock.now(), Kind.END, vcpu.thread.number, status, rip)
@@ -269,9 +339,21 @@ class Vm:
 
     def _put(self, byte: int) -> bool:
         """The serial port sends; the console takes everything at once."""
-        if self._console is not None:
-            self._console(bytes((byte,)))
+        data = bytes((byte,))
+        self.console.put(data)
+        if self._sink is not None:
+            self._sink(data)
+        if self._panic.put(byte):
+            self.end("panic", 0)
         return True
+
+    async def expect(self, wanted: str | re.Pattern[str], *, timeout: float | None = None) -> re.Match[str]:  # noqa: ASYNC109
+        """Wait for words on the console (:meth:`aiovm.console.Console.expect`)."""
+        return await self.console.expect(wanted, timeout=timeout)
+
+    async def shell(self, command: str, *, timeout: float | None = None, check: bool = True) -> str:  # noqa: ASYNC109
+        """Run a command in the shell on the console (:meth:`aiovm.console.Console.shell`)."""
+        return await self.console.shell(command, timeout=timeout, check=check)
 
     def feed_console(self, data: bytes) -> None:
         """Input for the first serial port, as much as its FIFO takes now, the rest as the guest reads."""
@@ -453,3 +535,10 @@ class Vm:
     def waiting_for_sipi(self) -> bool:
         """Whether every vCPU but the first still waits to be started."""
         return all(v.mp_state is MpState.UNINITIALIZED for v in self.vcpus[1:])
+
+
+def _read(kernel: str | Path) -> bytes:
+    try:
+        return Path(kernel).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the kernel {kernel}: {error.strerror}") from error

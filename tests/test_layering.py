@@ -29,20 +29,21 @@ FLOORS = {
         "events",
         "spin",
         "halt_poll",
+        "panic",
         "cpuid",
         "devices*",
     ),
     3: ("engine", "engine.*"),
     4: ("machine", "port", "vcpu", "policy.thread"),
     5: ("loop", "policy*"),
-    6: ("vm", "snapshot", "loaders*", "guests", "sinks*"),
+    6: ("vm", "pc", "acpi", "console", "snapshot", "loaders*", "guests", "sinks*"),
     7: ("", "__main__", "cli*", "locks*", "sim*", "gdb*", "service*"),
 }
 
 #: A protocol may name, for the type checker, what stands above it.
 NAMED_FROM_BELOW = {("machine", "loop")}
 
-ASYNCIO = ("clock", "loop", "vcpu", "vm")
+ASYNCIO = ("clock", "loop", "vcpu", "vm", "console")
 HOST_TIME = ("clock",)
 RANDOM = ("loop", "policy.*", "sim.machine")
 #: Extensions in C; they import nothing.

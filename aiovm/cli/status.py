@@ -9,6 +9,7 @@ from typing import Final
 
 from aiovm.errors import (
     AiovmError,
+    GuestPanic,
     HostError,
     StallError,
     TimeoutExpired,
@@ -21,6 +22,7 @@ __all__ = [
     "INTERNAL",
     "INTERRUPTED",
     "OK",
+    "PANIC",
     "STALL",
     "TIMEOUT",
     "TRIPLE_FAULT",
@@ -35,6 +37,7 @@ UNHANDLED_EXIT: Final = 66
 STALL: Final = 68
 TIMEOUT: Final = 70
 INTERNAL: Final = 72
+PANIC: Final = 74
 INTERRUPTED: Final = 130
 
 
@@ -45,6 +48,8 @@ def status_of(error: AiovmError) -> int:
             return BAD_INPUT
         case TripleFault():
             return TRIPLE_FAULT
+        case GuestPanic():
+            return PANIC
         case UnhandledExit():
             return UNHANDLED_EXIT
         case StallError():

@@ -31,6 +31,8 @@ PM_TIMER_HZ: Final = 3_579_545
 _NS: Final = 1_000_000_000
 _TMR: Final = 1 << 0
 _PWRBTN: Final = 1 << 8
+#: The clock's alarm as a wake-up: can be enabled, as guests insist on, and never comes.
+_RTC: Final = 1 << 10
 #: Events that exist: timer, global release, power button.
 _EVENTS: Final = _TMR | 1 << 5 | _PWRBTN
 _SCI_EN: Final = 1
@@ -77,7 +79,7 @@ class AcpiPm:
         mask = (1 << (8 * size)) - 1 << (8 * offset)
         block = (value << (8 * offset)) & mask
         s.status &= ~block
-        s.enable = (s.enable & ~(mask >> 16) | block >> 16) & _EVENTS
+        s.enable = (s.enable & ~(mask >> 16) | block >> 16) & (_EVENTS | _RTC)
         if mask >> 32 & 0xFFFF:
             control = s.control & ~(mask >> 32) | block >> 32 & 0xFFFF
             s.control = control & _SLP_TYP

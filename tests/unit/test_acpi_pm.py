@@ -60,7 +60,7 @@ def test_power_button():
     block.pm.press_power_button()
     assert not block.sci.level
     block.pm.write(2, 2, 0xFFFF, 0)
-    assert block.pm.read(0, 4, 0) == 0x0121_0100
+    assert block.pm.read(0, 4, 0) == 0x0521_0100  # the clock's enable bit (10) is kept too
     assert block.sci.level
     block.pm.write(1, 1, 0x01, 0)
     assert not block.sci.level
