@@ -122,7 +122,7 @@ def act(driver, ring, step):
         case "descriptor", index, address, length, flags, following:
             ring.descriptor(index, address, length, flags, following)
         case "good", data, room:
-            ring.buffers = 0x18_0000
+            ring.buffers = 0x30_0000
             ring.add(data, room)
         case "offer", head:
             ring.offer(head)
