@@ -86,8 +86,9 @@ class _Block(ctypes.Structure):
 class Budget:
     """One engine's budget. ``native`` chooses the C hook; ``interrupt`` is Python's exit handler.
 
-    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``eip``, ``hflags`` and ``cs_base`` are
-    addresses inside the core (0 on the public path, where exits always go to Python). ``memory_end``: first address above RAM.
+    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``eip``, ``hflags`` and ``cs_base``
+    are addresses inside the core (0 on the public path, where exits always go to Python). ``memory_end``: the first
+    address above RAM.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ from aiovm.engine.unicorn.layout import (
 from aiovm.engine.unicorn.state import EnvState
 from aiovm.engine.unicorn.syscall import syscall, sysenter
 from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
-from aiovm.memory import PAGE, GuestMemory, MemoryMap, Memslot, SlotFlags
+from aiovm.memory import PAGE, GuestMemory, MemoryMap, SlotFlags
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +66,9 @@ _VMCB_SIZE: Final = 0x8000
 _MSRPM: Final = _VMCB + 0x2000
 _EXITINFO2: Final = 0x80
 _PHYSICAL_END: Final = 1 << 40
+_4G: Final = 1 << 32
+_READ_EXEC: Final = 5
+_ALL: Final = 7
 
 _EIP: Final = Env.EIP >> 3
 _HFLAGS: Final = Env.HFLAGS >> 2
@@ -238,6 +241,8 @@ class UnicornEngine:
         self._dirty_code = False
         #: Nothing is translated yet: the core does not tell of its first block.
         self._first = True
+        #: What is mapped, with the callbacks that keep alive.
+        self._mapped: dict[_Range, tuple[object, ...]] = {}
         self._watching_rom = False
         #: The paging registers for which the TLB's contents hold; vCPUs that share them share it.
         self._tlb_of: tuple[int, int, int, int] | None = None
@@ -353,22 +358,24 @@ class UnicornEngine:
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
-    def _remap(self, old: MemoryMap, new: MemoryMap) -> None:
-        """Follow the memory map: slots become host memory, all else calls the port."""
-        for low, high, _ in _layout(old) if old.slots else ():
+    def _remap(self, _old: MemoryMap, new: MemoryMap) -> None:
+        """Follow the memory map: slots become host memory, all else calls the port. What stays is left alone."""
+        wanted = dict.fromkeys(_layout(new))
+        for low, high, address, rights in [r for r in self._mapped if r not in wanted]:
             lib.check(lib.uc_mem_unmap(self._uc, low, high - low), f"unmap {low:#x}")
-        self._mmio: list[object] = []
-        for low, high, slot in _layout(new):
-            if slot is None:
+            del self._mapped[low, high, address, rights]
+        for low, high, address, rights in [r for r in wanted if r not in self._mapped]:
+            callbacks: tuple[object, ...] = ()
+            if address:
+                error = lib.uc_mem_map_ptr(self._uc, low, high - low, rights, address)
+            else:
                 read, write = lib.MMIO_READ_T(self._mmio_read(low)), lib.MMIO_WRITE_T(self._mmio_write(low))
-                self._mmio += (read, write)
+                callbacks = read, write
                 error = lib.uc_mmio_map(
                     self._uc, low, high - low, lib.address_of(read), None, lib.address_of(write), None
                 )
-            else:
-                rights = 5 if slot.flags & SlotFlags.READONLY else 7
-                error = lib.uc_mem_map_ptr(self._uc, low, high - low, rights, slot.host_address)
             lib.check(error, f"map {low:#x}+{high - low:#x}")
+            self._mapped[low, high, address, rights] = callbacks
         if any(slot.flags & SlotFlags.READONLY for slot in new.slots):
             self._watch_rom()
         self.budget.cover(max((slot.end for slot in new.slots), default=0))
@@ -679,15 +686,28 @@ def _paging_key(state: EnvState) -> tuple[int, int, int, int]:
     return q[at], q[at + 3], q[at + 4], q[Env.EFER >> 3]
 
 
-def _layout(map_: MemoryMap) -> list[tuple[int, int, Memslot | None]]:
-    """The physical address space as ranges: a slot's, or nobody's."""
-    ranges: list[tuple[int, int, Memslot | None]] = []
+_Range = tuple[int, int, int, int]
+
+
+def _layout(map_: MemoryMap) -> list[_Range]:
+    """The physical address space as (low, high, host address or 0 where nobody is, rights), in order."""
+    ranges: list[_Range] = []
     at = 0
     for slot in map_.slots:
-        if slot.base > at:
-            ranges.append((at, slot.base, None))
-        ranges.append((slot.base, slot.end, slot))
+        ranges += _hole(at, slot.base)
+        rights = _READ_EXEC if slot.flags & SlotFlags.READONLY else _ALL
+        ranges.append((slot.base, slot.end, slot.host_address, rights))
         at = slot.end
-    if at < _PHYSICAL_END:
-        ranges.append((at, _PHYSICAL_END, None))
-    return ranges
+    return ranges + _hole(at, _PHYSICAL_END)
+
+
+def _hole(low: int, high: int) -> list[_Range]:
+    """Nobody's addresses in pieces: the core takes a time for each page that it unmaps, so that a slot that comes or
+    goes should not unmap a terabyte. Every half GiB up to 4 GiB, then doubling."""
+    pieces: list[_Range] = []
+    while low < high:
+        end = (low >> 29) + 1 << 29 if low < _4G else 1 << low.bit_length()
+        end = min(end, high)
+        pieces.append((low, end, 0, 0))
+        low = end
+    return pieces
