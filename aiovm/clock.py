@@ -259,21 +259,44 @@ class VirtualClock:
             self.cells[0] = deadline
         return True
 
-    def step(self) -> bool:
-        """Move to the next deadline and make its call; False when nothing is armed."""
+    def pass_or_push(self, deadline: int, timer: Timer) -> bool:
+        """Let time pass to ``deadline`` at once and say so; or arm ``timer``, which is in no heap, when it cannot.
+
+        For callers outside slices, with a deadline that has not passed.
+        """
         heap = self._heap
+        if (heap and heap[0][0] <= deadline) or self.ready or self._turns >= _TURNS:
+            timer.deadline = deadline
+            self._serial += 1
+            heapq.heappush(heap, (deadline, self._serial, timer))
+            return False
+        self._turns += 1
+        self.cells[0] = deadline
+        return True
+
+    def steps(self, most: int) -> int:
+        """Make up to ``most`` calls, each at its deadline, and stop when one made something ready; how many."""
+        heap, cells, ready = self._heap, self.cells, self.ready
+        pop = heapq.heappop
+        done = 0
+        cells[1] = FOREVER  # whoever runs a slice sets its limit
         while heap:
-            deadline, _, timer = heapq.heappop(heap)
+            deadline, _, timer = pop(heap)
             callback = timer.callback
             if callback is None:
                 continue
             timer.callback = None
             self._turns = 0
-            self.cells[0] = deadline
-            self.cells[1] = FOREVER
+            cells[0] = deadline
             callback()
-            return True
-        return False
+            done += 1
+            if done == most or ready:
+                break
+        return done
+
+    def step(self) -> bool:
+        """Move to the next deadline and make its call; False when nothing is armed."""
+        return self.steps(1) > 0
 
 
 class WallClock:

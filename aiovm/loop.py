@@ -101,15 +101,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def _came_back(self, _future: asyncio.Future[Any]) -> None:
         self._outside -= 1
 
+    def stop(self) -> None:
+        super().stop()
+        self.call_soon(int)  # something is ready: no further step in time
+
     def _run_once(self) -> None:
         ready = self._ready  # type: ignore[attr-defined]
-        step = self.clock.step
-        turns = 0
-        while not ready and turns < 256 and not self._stopping:  # type: ignore[attr-defined]
-            if not step():
-                self._idle()
-                break
-            turns += 1
+        if not ready and not self._stopping and not self.clock.steps(256):  # type: ignore[attr-defined]
+            self._idle()
         for _ in range(len(ready)):
             handle = ready.popleft()
             if not handle._cancelled:

@@ -27,14 +27,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-from aiovm.clock import FOREVER, Alarm
+from aiovm.clock import FOREVER, Alarm, Timer
 from aiovm.errors import StateError
 from aiovm.exits import Exit, Hlt, Interrupted, PauseLoop, SystemEvent
 
 if TYPE_CHECKING:
     import random
 
-    from aiovm.clock import Timer, VirtualClock
+    from aiovm.clock import VirtualClock
     from aiovm.costs import Costs
     from aiovm.engine.base import CpuState, GuestPort
     from aiovm.engine.model.cell import Cell
@@ -54,8 +54,9 @@ _TURN_BYTES = 16
 Op = Callable[["ModelContext"], int]
 Program = Generator[int | Op, Any, None]
 
-# What a context is doing: its program's next step is due; an operation takes its time; a spin loop; an exit's cost.
-_READY, _COMPUTE, _SPIN, _EXITING = range(4)
+# What a context is doing: its program's next step is due; an operation takes its time; that was cut short; a spin loop;
+# an exit's cost.
+_READY, _COMPUTE, _CUT, _SPIN, _EXITING = range(5)
 
 
 class ModelPort(Protocol):
@@ -71,22 +72,10 @@ class ModelPort(Protocol):
         """Whether the slice must end after this operation: the host wants the CPU back, or somebody kicked."""
 
 
-class _Registers:
-    """The registers that a model CPU has. ``rip`` counts operations."""
-
-    __slots__ = ("cpl", "interrupt_shadow", "rflags", "rip")
-
-    def __init__(self) -> None:
-        self.rip = 0
-        self.rflags = 2
-        self.cpl = 0
-        self.interrupt_shadow = False
-
-
 class _Frame(NamedTuple):
     """A program that an interrupt pushed aside."""
 
-    program: Program
+    send: Callable[[Any], int | Op]
     doing: int
     left: int
     value: object
@@ -109,20 +98,25 @@ class ModelContext:
         "_entering",
         "_exit",
         "_exit_ns",
+        "_expired",
         "_frames",
         "_irq_window",
         "_left",
+        "_pass_or_push",
         "_port",
-        "_program",
-        "_registers",
+        "_send",
         "_timer",
         "_turn_ns",
         "_value",
         "alarm",
+        "cpl",
         "index",
+        "interrupt_shadow",
         "lock_state",
         "ple_window",
         "random",
+        "rflags",
+        "rip",
         "spin_ns",
         "wanted",
     )
@@ -143,10 +137,15 @@ class ModelContext:
         self.random: random.Random
         self._port = port
         self._clock = clock
+        self._pass_or_push = clock.pass_or_push
         self._exit_ns = costs.exit_ns
         self._turn_ns = costs.pause_ns + (_TURN_BYTES * costs.code_rate >> 8)
-        self._registers = _Registers()
-        self._program: Program
+        #: The registers that there are. ``rip`` counts operations.
+        self.rip = 0
+        self.rflags = 2
+        self.cpl = 0
+        self.interrupt_shadow = False
+        self._send: Callable[[Any], int | Op]
         self._frames: list[_Frame] = []
         self._value: object = None
         self._doing = _READY
@@ -156,7 +155,9 @@ class ModelContext:
         self._begun = 0
         self._end = 0
         self._cell: Cell | None = None
-        self._timer: Timer | None = None
+        self._expired = self._expire
+        #: In the clock's heap exactly while it has a callback, or was disarmed.
+        self._timer = _new_timer()
         #: Why the slice ended; the exit whose cost is being paid.
         self._exit: Exit | None = None
         self._due: Exit = _INTERRUPTED
@@ -176,11 +177,11 @@ class ModelContext:
 
     def user(self) -> None:
         """From here on the program is at CPL 3, where pause loops do not exit."""
-        self._registers.cpl = 3
+        self.cpl = 3
 
     def kernel(self) -> None:
         """From here on the program is at CPL 0."""
-        self._registers.cpl = 0
+        self.cpl = 0
 
     def spin(self, cell: Cell, wanted: int, turns: int = 0) -> Op:
         """A PAUSE loop until ``cell`` holds ``wanted``, for at most ``turns`` turns (0: for ever). Yields whether."""
@@ -203,7 +204,7 @@ class ModelContext:
 
     def disable_interrupts(self) -> None:
         """CLI."""
-        self._registers.rflags &= ~_IF
+        self.rflags &= ~_IF
 
     def kick(self, index: int) -> Op:
         """KVM_HC_KICK_CPU."""
@@ -247,7 +248,7 @@ class ModelContext:
     @property
     def state(self) -> CpuState:
         """The registers that there are; nobody asks a model CPU for others."""
-        return cast("CpuState", self._registers)
+        return cast("CpuState", self)
 
     def reset(self, *, init: bool) -> None:
         """A model CPU gets no INIT, and power-on is how it is made."""
@@ -264,18 +265,15 @@ class ModelContext:
 
     def start(self, program: Program, random: random.Random) -> None:
         """Give the CPU its program."""
-        self._program = program
+        self._send = program.send
         self.random = random
 
     def interrupt(self, handler: Program) -> None:
         """Deliver an interrupt: ``handler`` runs with IF clear, then the program goes on."""
-        registers = self._registers
-        self._frames.append(
-            _Frame(self._program, self._doing, self._left, self._value, self._cell, self.wanted, registers.cpl)
-        )
-        registers.rflags &= ~_IF
-        registers.cpl = 0
-        self._program, self._doing, self._value = handler, _READY, None
+        self._frames.append(_Frame(self._send, self._doing, self._left, self._value, self._cell, self.wanted, self.cpl))
+        self.rflags &= ~_IF
+        self.cpl = 0
+        self._send, self._doing, self._value = handler.send, _READY, None
 
     # ---- a slice ---------------------------------------------------------------------------------------------------
 
@@ -303,15 +301,25 @@ class ModelContext:
 
     def cut(self) -> None:
         """Stop the operation in its middle and keep what is left of it."""
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+        self._disarm()
         if self._doing == _COMPUTE:
             self._left = self._end - self._clock.now()
+            self._doing = _CUT
         elif self._doing == _SPIN and self._cell is not None and self in self._cell.spinners:
             self.settle()
             self._cell.spinners.remove(self)
             self._cell.notify()  # if this was the one to wake, it is another's turn
+
+    def _disarm(self) -> None:
+        """Forget the operation's end. The timer that stays behind in the heap is not armed again."""
+        if self._timer.callback is not None:
+            self._timer.callback = None
+            self._timer = _new_timer()
+
+    def _arm(self, at: int) -> None:
+        timer = self._timer
+        timer.callback = self._expired
+        self._clock.push(at, timer)
 
     def settle(self) -> None:
         """Bring :attr:`spin_ns` up to now, where the program spins."""
@@ -327,62 +335,78 @@ class ModelContext:
         if not self._entering:
             self.alarm.ring_at(self._clock.now())
 
-    def _go(self) -> None:
-        """Run program code at the loop's time, until time must pass or the slice ends."""
-        clock = self._clock
-        cells, try_advance, must_leave = clock.cells, clock.try_advance, self._port.must_leave
+    def _go(self, op: int | Op | None = None) -> None:
+        """Run program code at the loop's time until time must pass or the slice ends. ``op`` is the first operation."""
+        cells, pass_or_push, timer = self._clock.cells, self._pass_or_push, self._timer
+        timer.callback = self._expired
         while True:
             doing = self._doing
             if doing == _READY:
-                value, self._value = self._value, None
-                try:
-                    op = self._program.send(value)
-                except StopIteration:
-                    if self._frames:
-                        self._return()
-                        continue
-                    self._leave(_DONE)
-                    return
-                self._registers.rip += 1
+                if op is None:
+                    value, self._value = self._value, None
+                    try:
+                        op = self._send(value)
+                    except StopIteration:
+                        if self._return():
+                            continue
+                        break
+                    self.rip += 1
                 if isinstance(op, int):
-                    end = cells[0] + op
+                    ns = op
                 else:
                     ns = op(self)
-                    if self._doing == _READY and must_leave():
+                    if self._doing == _READY and self._port.must_leave():
                         self._begin_exit(_INTERRUPTED, _READY)
                         self._left = ns
-                    if self._doing != _READY:
-                        continue
-                    end = cells[0] + ns
-                if try_advance(end):
+                op = None
+                if self._doing != _READY:
                     continue
-                self._doing = _COMPUTE
             elif doing == _SPIN:
                 if self._begin_spin():
                     return
                 continue
             else:
-                end = cells[0] + self._left
-                if try_advance(end):
-                    if doing == _EXITING:
-                        self._exited()
-                        return
-                    self._doing = _READY
-                    continue
-            self._end = end
-            self._timer = clock.call_at(end, self._expire)
-            return
+                ns = self._left
+            end = cells[0] + ns
+            if not pass_or_push(end, timer):
+                self._end = end
+                if doing != _EXITING:
+                    self._doing = _COMPUTE
+                return
+            if doing == _EXITING:
+                self._exited()
+                break
+            self._doing = _READY
+        timer.callback = None
 
     def _expire(self) -> None:
         """The clock's callback: the operation's end."""
-        self._timer = None
-        if self._doing == _COMPUTE:
+        if self._doing != _COMPUTE:
+            if self._doing == _SPIN:
+                self._spin_event()
+            else:
+                self._exited()
+            return
+        # One computation after another is most of what there is, so it takes the short way.
+        try:
+            op = self._send(None)
+        except StopIteration:
             self._doing = _READY
-            self._go()
-        elif self._doing == _SPIN:
-            self._spin_event()
-        else:
-            self._exited()
+            if self._return():
+                self._go()
+            return
+        self.rip += 1
+        if isinstance(op, int):
+            end = self._end + op
+            timer = self._timer
+            timer.callback = self._expired
+            if not self._pass_or_push(end, timer):
+                self._end = end
+                return
+            timer.callback = None
+            op = None
+        self._doing = _READY
+        self._go(op)
 
     # ---- exits -----------------------------------------------------------------------------------------------------
 
@@ -397,12 +421,16 @@ class ModelContext:
         self._doing = self._after
         self._leave(self._due)
 
-    def _return(self) -> None:
-        """IRET."""
-        frame = self._frames.pop()
-        self._program, self._doing, self._left, self._value, self._cell, self.wanted, self._registers.cpl = frame
-        self._registers.rflags |= _IF
+    def _return(self) -> bool:
+        """The program ended: IRET, or when nothing was interrupted the slice's end and False."""
+        if not self._frames:
+            self._send = _ended
+            self._leave(_DONE)
+            return False
+        self._send, self._doing, self._left, self._value, self._cell, self.wanted, self.cpl = self._frames.pop()
+        self.rflags |= _IF
         self._port.on_iret()
+        return True
 
     # ---- spin loops ------------------------------------------------------------------------------------------------
 
@@ -414,11 +442,9 @@ class ModelContext:
     def end_spin_at(self, at: int) -> None:
         """The cell holds what the loop wants, and the loop will see it ``at`` (ns)."""
         timer = self._timer
-        if timer is not None:
-            if timer.deadline <= at:
-                return
-            timer.cancel()
-        self._timer = self._clock.call_at(at, self._expire)
+        if timer.callback is None or at < timer.deadline:
+            self._disarm()
+            self._arm(at)
 
     def _begin_spin(self) -> bool:
         """Enter the loop; False when there is nothing to wait for."""
@@ -431,12 +457,13 @@ class ModelContext:
         now = self._clock.now()
         self._begun = now
         end = now + self._left
-        if 0 <= self.ple_window < self._left and self._registers.cpl == 0:
+        if 0 <= self.ple_window < self._left and self.cpl == 0:
             end = now + self.ple_window
         self._end = end
         cell.spinners.append(self)
+        self._timer.callback = None
         if end < FOREVER:
-            self._timer = self._clock.call_at(end, self._expire)
+            self._arm(end)
         return True
 
     def _spin_event(self) -> None:
@@ -456,7 +483,19 @@ class ModelContext:
             self._begin_exit(_PAUSE_LOOP, _SPIN)
             self._go()
         elif self._end < FOREVER:
-            self._timer = self._clock.call_at(self._end, self._expire)
+            self._arm(self._end)
+
+
+def _ended(_value: object) -> int:
+    """What a CPU runs whose program is over."""
+    raise StopIteration
+
+
+def _new_timer() -> Timer:
+    """One that is not armed."""
+    timer = Timer(0, int)
+    timer.cancel()
+    return timer
 
 
 def _spin(me: ModelContext) -> int:
@@ -465,19 +504,19 @@ def _spin(me: ModelContext) -> int:
 
 
 def _halt(me: ModelContext) -> int:
-    me._begin_exit(_HLT_ON if me._registers.rflags & _IF else _HLT_OFF, _READY)
+    me._begin_exit(_HLT_ON if me.rflags & _IF else _HLT_OFF, _READY)
     return 0
 
 
 def _sti(me: ModelContext) -> int:
-    me._registers.rflags |= _IF
+    me.rflags |= _IF
     if me._irq_window:
         me._port.on_irq_window()
     return 0
 
 
 def _sti_halt(me: ModelContext) -> int:
-    me._registers.rflags |= _IF
+    me.rflags |= _IF
     if me._irq_window:
         me._port.on_irq_window()
     else:
@@ -490,6 +529,7 @@ class ModelEngine:
 
     def __init__(self, clock: VirtualClock, costs: Costs) -> None:
         self._clock = clock
+        self._pass_or_push = clock.pass_or_push
         self._costs = costs
         self.contexts: list[ModelContext] = []
 
