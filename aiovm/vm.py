@@ -21,12 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from aiovm.acpi import Board, write_tables
+from aiovm.acpi import Board, MmioDevice, write_tables
 from aiovm.bus import Bus
 from aiovm.clock import Timer, VirtualClock, new_cells
 from aiovm.console import Console
 from aiovm.cpuid import CpuidTable
 from aiovm.devices.debug_exit import DebugExit
+from aiovm.devices.virtio.slots import virtio_slots
 from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, GuestPanic, StateError, TripleFault, UnhandledExit
 from aiovm.exits import EngineFault, Exit, Interrupted, Shutdown, SystemEvent
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
     from types import TracebackType
 
+    from aiovm.backends.base import Backend
     from aiovm.engine.base import Context
 
 __all__ = ["LifeEvent", "LifeState", "Outcome", "Vm"]
@@ -106,6 +108,7 @@ class Vm:
     ``features``: what KVM's CPUID leaf promises. ``native``, ``pointers``: the engine's paths, for tests.
     ``nodes``: NUMA nodes, each with an equal share of CPUs and memory.
     ``console``: called with each byte string that the guest writes to its first serial port.
+    ``virtio``: what stands behind its virtio devices (:mod:`aiovm.backends`), in the order in which it finds them.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Vm:
         pointers: bool | None = None,
         wall_slice_ns: int = 1_000_000,
         nodes: int = 1,
+        virtio: Sequence[Backend] = (),
     ) -> None:
         if not 1 <= vcpus <= _MAX_VCPUS:
             raise ConfigError(f"a machine has 1 to {_MAX_VCPUS} vCPUs, not {vcpus}")
@@ -182,6 +186,10 @@ class Vm:
         self.vcpus = tuple(Vcpu(self, i, vcpu_id=i, apic=self.lapics[i]) for i in range(vcpus))
         self.nodes = nodes
         self.pc = Pc(self, sink=self._put, on_room=self._type)
+        self._backends = tuple(virtio)
+        self._virtio_slots = virtio_slots(len(virtio))
+        for slot, backend in zip(self._virtio_slots, self._backends, strict=True):
+            self.mmio.register(slot.base, slot.length, backend.attach(self, self.pc.new_line(slot.gsi)))
         self._running: asyncio.Task[Outcome] | None = None
         self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.image: LoadedImage | None = None
@@ -245,7 +253,9 @@ class Vm:
         """
         self._move(LifeEvent.LOAD)
         slots = tuple((slot.base, slot.size) for slot in self.memory.map.slots)
-        rsdp = write_tables(Board(tuple(v.vcpu_id for v in self.vcpus), slots, nodes=self.nodes), self.memory)
+        virtio = tuple(MmioDevice(slot.base, slot.length, slot.gsi) for slot in self._virtio_slots)
+        board = Board(tuple(v.vcpu_id for v in self.vcpus), slots, nodes=self.nodes, mmio=virtio)
+        rsdp = write_tables(board, self.memory)
         self.image = load(
             image, name=name, memory=self.memory, cmdline=cmdline, modules=modules, kind=kind, unpack=unpack, rsdp=rsdp
         )
@@ -328,7 +338,11 @@ class Vm:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            for backend in self._backends:
+                await backend.aclose()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Free the engine and its memory."""

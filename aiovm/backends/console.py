@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from aiovm.backends.stream import GuestTransport, Streams
     from aiovm.irq import IrqLine
 
-__all__ = ["Console"]
+__all__ = ["ConsolePort"]
 
 #: What the guest may print before the program has to read.
 _WINDOW: Final = 0x1_0000
 
 
-class Console:
+class ConsolePort:
     """One console; ``/dev/hvc0`` to a Linux guest. ``columns`` and ``rows``: the window."""
 
     def __init__(self, *, columns: int = 80, rows: int = 25, latency_ns: int = 0) -> None:

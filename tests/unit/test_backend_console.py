@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from backend_bench import Bench, settle
 
-from aiovm.backends.console import Console
+from aiovm.backends.console import ConsolePort
 from aiovm.errors import StateError
 from aiovm.loop import run
 
@@ -15,7 +15,7 @@ RUNNERS = pytest.mark.parametrize("runner", [run, asyncio.run])
 @RUNNERS
 def test_what_the_guest_prints_is_read_and_what_is_written_is_typed(runner):
     async def main():
-        console = Console(columns=100, rows=30)
+        console = ConsolePort(columns=100, rows=30)
         driver = Bench().driver(console)
         assert driver.get(0x100) == 30 << 16 | 100
         reader, writer = console.streams
@@ -36,7 +36,7 @@ def test_what_the_guest_prints_is_read_and_what_is_written_is_typed(runner):
 
 def test_a_program_that_does_not_read_holds_the_guest_back():
     async def main():
-        console = Console()
+        console = ConsolePort()
         driver = Bench().driver(console, size=64)
         reader, _ = console.streams
         for _ in range(10):
@@ -55,7 +55,7 @@ def test_a_program_that_does_not_read_holds_the_guest_back():
 
 def test_the_window_may_change_before_and_after():
     async def main():
-        console = Console()
+        console = ConsolePort()
         console.resize(90, 20)
         bench = Bench()
         driver = bench.driver(console)
@@ -72,7 +72,7 @@ def test_the_window_may_change_before_and_after():
 
 def test_the_end_of_the_machine_is_the_end_of_the_stream():
     async def main():
-        console = Console()
+        console = ConsolePort()
         with pytest.raises(StateError):
             _ = console.streams
         await console.aclose()
@@ -86,7 +86,7 @@ def test_the_end_of_the_machine_is_the_end_of_the_stream():
 
 def test_closing_the_stream_lets_the_guest_print_into_the_void():
     async def main():
-        console = Console()
+        console = ConsolePort()
         driver = Bench().driver(console, size=64)
         console.streams[1].transport.close()
         for _ in range(8):

@@ -2,18 +2,15 @@
 
 import pytest
 
-from aiovm.devices.virtio.slots import ACPI_HID, virtio_slots
+from aiovm.devices.virtio.slots import virtio_slots
 from aiovm.errors import ConfigError
 
 
 def test_places_do_not_overlap_and_have_their_own_interrupts():
     slots = virtio_slots(8)
-    assert ACPI_HID == "LNRO0005"
     assert [slot.base for slot in slots[:2]] == [0xD000_0000, 0xD000_1000]
     assert [slot.gsi for slot in slots] == list(range(16, 24))
     assert {slot.length for slot in slots} == {0x200}
-    assert slots[7].acpi_name == "VR07"
-    assert slots[1].kernel_parameter == "virtio_mmio.device=512@0xd0001000:17:1"
 
 
 @pytest.mark.parametrize("count", [-1, 9])
