@@ -110,6 +110,8 @@ class SpinOptions:
     directed: bool = True
     #: Only who wants a CPU and has none is asked (3.10, 2013); else everybody who does not sleep.
     ready_filter: bool = True
+    #: Three answers of "nobody else is ready" end the search (3.9, 2013).
+    undercommit_check: bool = True
     #: 3.7, 2012.
     eligibility_filter: bool = True
     #: VMX's handler asks for it always, as PAUSE-loop exits happen at CPL 0 only (4.14, 2017).
@@ -182,7 +184,7 @@ def on_spin(
         if answer > 0:
             target = index
             break
-        if answer < 0:
+        if answer < 0 and options.undercommit_check:
             refusals += 1
             if refusals == _TRIES:
                 break

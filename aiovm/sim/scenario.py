@@ -150,6 +150,7 @@ class Features(_Strict, frozen=True):
     ple_grows: bool = True
     directed_yield: bool = True
     ready_filter: bool = True
+    undercommit_check: bool = True
     eligibility_filter: bool = True
     kernel_mode_filter: bool = True
     boost_woken: bool = True
@@ -164,6 +165,7 @@ class Features(_Strict, frozen=True):
         return SpinOptions(
             directed=self.directed_yield,
             ready_filter=self.ready_filter,
+            undercommit_check=self.undercommit_check,
             eligibility_filter=self.eligibility_filter,
             kernel_mode_filter=self.kernel_mode_filter,
             boost_woken=self.boost_woken,

@@ -204,3 +204,9 @@ def test_before_2013_running_vcpus_were_asked_too():
     host = Host(0)
     assert on_spin([V(), running], 0, 0, host, SpinOptions(ready_filter=False)).tries == 1
     assert on_spin([V(), running], 0, 0, host, SpinOptions()).tries == 0
+
+
+def test_before_2013_a_lone_spinner_asked_everybody():
+    vcpus = [V() for _ in range(8)]
+    assert on_spin(vcpus, 0, 0, Host(*[-1] * 8), SpinOptions(undercommit_check=False)).tries == 7
+    assert on_spin(vcpus, 0, 0, Host(*[-1] * 8), SpinOptions()).tries == 3

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from aiovm.clock import VirtualClock
     from aiovm.costs import Costs
-    from aiovm.engine.base import CpuState, GuestPort
+    from aiovm.engine.base import Context, CpuState, GuestPort
     from aiovm.engine.model.cell import Cell
 
 __all__ = ["ModelContext", "ModelEngine", "ModelPort", "Op", "Program"]
@@ -388,6 +388,7 @@ class ModelContext:
                 self._exited()
             return
         # One computation after another is most of what there is, so it takes the short way.
+        op: int | Op | None
         try:
             op = self._send(None)
         except StopIteration:
@@ -533,11 +534,11 @@ class ModelEngine:
         self._costs = costs
         self.contexts: list[ModelContext] = []
 
-    def create_context(self, index: int, port: GuestPort) -> ModelContext:
+    def create_context(self, index: int, port: GuestPort) -> Context:
         """A CPU; ``port`` must also be a :class:`ModelPort`."""
         context = ModelContext(index, cast("ModelPort", port), self._clock, self._costs)
         self.contexts.append(context)
-        return context
+        return cast("Context", context)  # nobody steps a model CPU or waits for its NMIs
 
     def kick(self) -> None:
         """End every running slice."""

@@ -22,6 +22,7 @@ def _gains(runs: Runs, after: str, before: str) -> list[float]:
 _2011 = Features(
     ple_grows=False,
     ready_filter=False,
+    undercommit_check=False,
     eligibility_filter=False,
     kernel_mode_filter=False,
     boost_woken=False,
