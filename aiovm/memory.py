@@ -198,8 +198,7 @@ class GuestMemory:
             if slot.dirty is not None:
                 _mark(slot.dirty, offset, n)
             done += n
-        for listener in self._written:
-            listener(gpa, len(data))
+        self.wrote(gpa, len(data))
 
     def read_u(self, gpa: int, size: int) -> int:
         """An unsigned little-endian integer of ``size`` bytes."""
@@ -215,6 +214,11 @@ class GuestMemory:
         """Store an unsigned little-endian integer of ``size`` bytes; ``value`` is cut to fit."""
         self.write(gpa, (value & ((1 << (8 * size)) - 1)).to_bytes(size, "little"))
 
+    def wrote(self, gpa: int, length: int) -> None:
+        """Tell who watches that the host stored into ``[gpa, gpa + length)`` (for whoever has a raw view)."""
+        for listener in self._written:
+            listener(gpa, length)
+
     def load_rom(self, gpa: int, data: bytes) -> None:
         """Store ``data`` for a loader: like :meth:`write`, read-only slots too; :class:`ConfigError` outside memory."""
         at, done = gpa, 0
@@ -226,8 +230,7 @@ class GuestMemory:
             slot.bytes_[at - slot.base : at - slot.base + n] = data[done : done + n]
             at += n
             done += n
-        for listener in self._written:
-            listener(gpa, len(data))
+        self.wrote(gpa, len(data))
 
     def is_ram(self, gpa: int) -> bool:
         """Whether a slot backs ``gpa``."""
@@ -317,4 +320,5 @@ class GuestPtr:
         slot.bytes_[at : at + len(data)] = data
         if slot.dirty is not None:
             _mark(slot.dirty, at, len(data))
+        self._memory.wrote(self.gpa + offset, len(data))
         return True

@@ -239,7 +239,7 @@ class UnicornEngine:
         self.stepping = False
         self._kicked = False
         self._dirty_code = False
-        #: Nothing is translated yet: the core does not tell of its first block.
+        #: Nothing is translated: the core does not tell of the first block.
         self._first = True
         #: What is mapped, with the callbacks that keep alive.
         self._mapped: dict[_Range, tuple[object, ...]] = {}
@@ -510,6 +510,7 @@ class UnicornEngine:
         state = context.state
         if self._dirty_code:
             self._dirty_code = False
+            self._first = True
             self.budget.forget_code()
             lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
         if state.paging_changed:
