@@ -539,8 +539,13 @@ class Vcpu:
         return self.mp_state is MpState.RUNNABLE and not self.pv.apf.halted
 
     def _runnable(self) -> bool:
-        """``kvm_arch_vcpu_runnable`` for a vCPU that is not running: a wake condition holds."""
+        """``kvm_arch_vcpu_runnable`` for a vCPU that is not running: a wake condition holds.
+
+        Who waits for a SIPI is woken by INIT and SIPI alone, as on a processor; KVM spins when anything else comes.
+        """
         starts = self.apic.pending_events and not self.events.s.smm
+        if self.mp_state is MpState.UNINITIALIZED or self.mp_state is MpState.INIT_RECEIVED:
+            return starts
         return self.pv_unhalted or starts or self._has_events() or self.pv.apf.completions
 
     def _has_events(self) -> bool:
