@@ -7,6 +7,7 @@ host has preempted is not asked: it flushes when it next runs.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from aiovm.engine.model import Cell
@@ -17,11 +18,38 @@ if TYPE_CHECKING:
     from aiovm.engine.model import ModelContext, Program
     from aiovm.sim.machine import SimMachine
 
-__all__ = ["CALL_VECTOR", "TIMER_VECTOR", "GuestKernel"]
+__all__ = ["CALL_VECTOR", "RESCHEDULE_VECTOR", "TIMER_VECTOR", "GuestKernel", "Mutex"]
 
-CALL_VECTOR, TIMER_VECTOR = 0xFB, 0xEC
+#: Linux's vectors (``arch/x86/include/asm/irq_vectors.h``).
+RESCHEDULE_VECTOR, CALL_VECTOR, TIMER_VECTOR = 0xFD, 0xFB, 0xEC
 #: Targets that one interrupt command reaches: a cluster of logical x2APIC ids (SDM vol. 3A, 11.12.10).
 _CLUSTER = 16
+
+
+class Mutex:
+    """A lock whose waiters sleep, first in first out: their CPU has nothing else to do, so it halts.
+
+    Who releases it hands it to the first waiter and wakes that CPU with a reschedule interrupt.
+    """
+
+    def __init__(self) -> None:
+        self._owner = -1
+        self._waiting: deque[int] = deque()
+
+    def lock(self, cpu: ModelContext) -> Program:
+        """Take it; interrupts must be on."""
+        if self._owner < 0:
+            self._owner = cpu.index
+            return
+        self._waiting.append(cpu.index)
+        while self._owner != cpu.index:
+            yield cpu.wait_for_interrupt()
+
+    def unlock(self, cpu: ModelContext) -> Program:
+        """Give it back."""
+        self._owner = self._waiting.popleft() if self._waiting else -1
+        if self._owner >= 0:
+            yield cpu.send_ipis((self._owner,), RESCHEDULE_VECTOR)
 
 
 class GuestKernel:
@@ -37,7 +65,8 @@ class GuestKernel:
         self.pv_yield = pv_yield
         self._calls: list[list[Cell]] = [[] for _ in machine.vcpus]
         machine.handlers[CALL_VECTOR] = self._answer
-        machine.handlers[TIMER_VECTOR] = self._tick
+        machine.handlers[TIMER_VECTOR] = self._wake
+        machine.handlers[RESCHEDULE_VECTOR] = self._wake
 
     def is_preempted(self, index: int) -> bool:
         """``vcpu_is_preempted``: what the steal-time record would say."""
@@ -75,6 +104,6 @@ class GuestKernel:
             waiting = calls.pop(0)
             waiting.store(waiting.value - 1)
 
-    def _tick(self, cpu: ModelContext) -> Program:
-        """The timer interrupt only wakes."""
+    def _wake(self, cpu: ModelContext) -> Program:
+        """An interrupt that only ends a sleep."""
         yield from ()

@@ -92,15 +92,17 @@ class KernelBuild(_Strict, frozen=True, tag="kernel-build", tag_field="kind"):
 
 
 class Ebizzy(_Strict, frozen=True, tag="ebizzy", tag_field="kind"):
-    """Like ebizzy: search at CPL 3, then map and unmap memory: a few critical sections of the address space's locks,
-    and every so often a flush of the TLBs of all other CPUs, which is waited for."""
+    """Like ebizzy: search at CPL 3, then map and unmap memory: a few critical sections of the memory allocator's locks,
+    and every so often a flush of the TLBs of all other CPUs, which is waited for. With ``mutex`` all of it under the
+    address space's lock, whose waiters sleep (mmap_lock)."""
 
     lock: LockKind = "pvqspinlock"
-    user: Ns = Ns(50_000)
+    user: Ns = Ns(100_000)
     kernel: Ns = Ns(5_000)
     sections: Annotated[int, Meta(ge=0, le=64)] = 2
     hold: Ns = Ns(1_000)
     locks: Annotated[int, Meta(ge=1, le=4096)] = 1
+    mutex: bool = True
     #: One round in so many flushes.
     flush_every: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
     call: Ns = Ns(500)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from aiovm.engine.model.locks import Lock, Mcs, PreemptableTicket, Queued, TestAndSet, Ticket
 from aiovm.engine.model.pvlocks import PvQueued, PvTicket
 from aiovm.errors import ConfigError
-from aiovm.sim.guest import TIMER_VECTOR, GuestKernel
+from aiovm.sim.guest import TIMER_VECTOR, GuestKernel, Mutex
 from aiovm.sim.scenario import Dbench, Ebizzy, KernelBuild, LockBound, TcpRr
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def install(machine: SimMachine, workload: Workload, meter: Meter) -> None:
             _start(machine, lambda cpu: _system_calls(cpu, workload, locks, meter))
         case Ebizzy():
             locks = [make_lock(workload, kernel) for _ in range(workload.locks)]
-            _start(machine, lambda cpu: _ebizzy(cpu, workload, kernel, locks, meter))
+            mutex = Mutex()
+            _start(machine, lambda cpu: _ebizzy(cpu, workload, kernel, mutex, locks, meter))
         case TcpRr():
             _start(machine, lambda cpu: _tcp_rr(cpu, workload, meter))
 
@@ -123,7 +124,9 @@ def _system_calls(cpu: ModelContext, spec: KernelBuild | Dbench, locks: list[Loc
         meter.ops[cpu.index] += 1
 
 
-def _ebizzy(cpu: ModelContext, spec: Ebizzy, kernel: GuestKernel, locks: list[Lock], meter: Meter) -> Program:
+def _ebizzy(
+    cpu: ModelContext, spec: Ebizzy, kernel: GuestKernel, mutex: Mutex, locks: list[Lock], meter: Meter
+) -> Program:
     user = draw(cpu.random, "exp", spec.user)
     part = draw(cpu.random, "exp", spec.kernel // max(1, spec.sections))
     hold = draw(cpu.random, "exp", spec.hold)
@@ -133,6 +136,8 @@ def _ebizzy(cpu: ModelContext, spec: Ebizzy, kernel: GuestKernel, locks: list[Lo
         cpu.user()
         yield user()
         cpu.kernel()
+        if spec.mutex:
+            yield from mutex.lock(cpu)
         for _ in range(spec.sections):
             yield part()
             yield from _section(cpu, locks[cpu.random.randrange(len(locks))], hold(), meter)
@@ -140,6 +145,8 @@ def _ebizzy(cpu: ModelContext, spec: Ebizzy, kernel: GuestKernel, locks: list[Lo
             asked = cpu.now()
             yield from kernel.call_others(cpu, everybody)
             meter.waited(cpu.now() - asked)
+        if spec.mutex:
+            yield from mutex.unlock(cpu)
         meter.ops[cpu.index] += 1
 
 

@@ -6,7 +6,7 @@ import itertools
 from statistics import median
 
 from aiovm.sim.paper.row import MS, Row, Runs, Verdict, scenario, throughputs
-from aiovm.sim.scenario import Dbench, Features, KernelBuild, LockBound
+from aiovm.sim.scenario import Dbench, Features, KernelBuild, LockBound, Ns
 
 __all__ = ["ROWS"]
 
@@ -221,7 +221,15 @@ ROWS = (
         "gain at 2x, %",
         "Linux commit 545ac13892ab",
         {
-            f"{lock} {n}": scenario(int(n), Dbench(lock=lock), features=_BASE_2013, warmup_ms=100, duration_ms=150)
+            f"{lock} {n}": scenario(
+                int(n),
+                Dbench(lock=lock, user=Ns(60_000)),
+                vcpus=16,
+                pcpus=16,
+                features=_BASE_2013,
+                warmup_ms=30,
+                duration_ms=50,
+            )
             for lock in ("ticket", "pvticket")
             for n in _VMS
         },
