@@ -12,8 +12,11 @@ import traceback
 import typer
 
 from aiovm.cli.locks import register as register_locks
+from aiovm.cli.paper import register as register_paper
 from aiovm.cli.run import register as register_run
+from aiovm.cli.sim import register as register_sim
 from aiovm.cli.status import BAD_INPUT, INTERNAL, INTERRUPTED, status_of
+from aiovm.cli.sweep import register as register_sweep
 from aiovm.errors import AiovmError
 
 __all__ = ["app", "main"]
@@ -28,6 +31,9 @@ app = typer.Typer(
 )
 register_run(app)
 register_locks(app)
+register_sim(app)
+register_sweep(app)
+register_paper(app)
 
 
 def main() -> None:
