@@ -36,7 +36,7 @@ FLOORS = {
     3: ("engine", "engine.*"),
     4: ("machine", "port", "vcpu", "policy.thread"),
     5: ("loop", "policy*"),
-    6: ("vm", "pc", "acpi", "console", "snapshot", "loaders*", "guests", "sinks*"),
+    6: ("vm", "pc", "acpi", "console", "snapshot", "loaders*", "guests", "sinks*", "backends*"),
     7: ("", "__main__", "cli*", "locks*", "sim*", "gdb*", "service*"),
 }
 
@@ -45,7 +45,7 @@ NAMED_FROM_BELOW = {("machine", "loop")}
 
 ASYNCIO = ("clock", "loop", "vcpu", "vm", "console")
 HOST_TIME = ("clock",)
-RANDOM = ("loop", "policy.*", "sim.machine")
+RANDOM = ("loop", "policy.*", "sim.machine", "backends.entropy")
 #: Extensions in C; they import nothing.
 NATIVE = {"aiovm.engine.unicorn._budget"}
 UNSEEDED = {"secrets", "uuid"}

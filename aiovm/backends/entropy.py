@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import TYPE_CHECKING
 
@@ -26,10 +25,11 @@ class Entropy:
     def attach(self, machine: BackedMachine, irq: IrqLine) -> VirtioRng:
         """Make the device."""
         source = self._random_bytes
-        if source is None and machine.clock.is_virtual:
+        if source is None:
             # A generator of its own: the host's is for the scheduler, whose choices must not hang on the guest's.
-            source = random.Random(f"entropy {machine.host.seed}").randbytes
-        return VirtioRng(machine.memory, irq, source or os.urandom)
+            seeded = random.Random(f"entropy {machine.host.seed}")
+            source = (seeded if machine.clock.is_virtual else random.SystemRandom()).randbytes
+        return VirtioRng(machine.memory, irq, source)
 
     async def aclose(self) -> None:
         """Nothing to let go of."""

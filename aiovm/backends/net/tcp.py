@@ -25,7 +25,7 @@ from aiovm.backends.net.wire import Segment, TcpFlag
 from aiovm.bits import mask, sign_extend
 from aiovm.units import SEC
 
-__all__ = ["Close", "Phase", "TcpEndpoint", "reset_for"]
+__all__ = ["Close", "Fin", "Phase", "TcpEndpoint", "reset_for"]
 
 WINDOW: Final = 0xFFFF
 _DEFAULT_MSS: Final = 536

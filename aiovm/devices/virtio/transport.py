@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from aiovm.irq import IrqLine
     from aiovm.memory import GuestMemory
 
-__all__ = ["Status", "TransportState", "VirtioDevice"]
+__all__ = ["Reg", "Status", "TransportState", "VirtioDevice"]
 
 _MAGIC: Final = int.from_bytes(b"virt", "little")
 _VENDOR: Final = int.from_bytes(b"aiov", "little")
