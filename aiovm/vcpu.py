@@ -61,6 +61,15 @@ _MAX_SLICE = 1_000_000
 _DY_REQUESTS = 1 << Request.NMI | 1 << Request.SMI | 1 << Request.EVENT
 _NMI_OR_SMI = 1 << Request.NMI | 1 << Request.SMI
 _UNBLOCK = 1 << Request.UNBLOCK
+#: Requests that :meth:`Vcpu._service_requests` serves; the others are folded into these.
+_WITH_WORK = sum(
+    1 << request
+    for request in (
+        Request.VM_DEAD, Request.MASTERCLOCK_UPDATE, Request.GLOBAL_CLOCK_UPDATE, Request.CLOCK_UPDATE,
+        Request.TLB_FLUSH, Request.TLB_FLUSH_GUEST, Request.TRIPLE_FAULT, Request.APF_HALT, Request.STEAL_UPDATE,
+        Request.SMI, Request.NMI, Request.APF_READY, Request.EVENT, Request.UNBLOCK,
+    )
+)  # fmt: skip
 
 
 class MpState(enum.IntEnum):
@@ -416,6 +425,8 @@ class Vcpu:
             self._accept_apic_events()
             if self.mp_state is MpState.RUNNABLE:
                 self.port.inject_pending()
+        # One left set without anybody to serve it would keep the vCPU out of the guest for ever.
+        requests.bits &= _WITH_WORK
         return None
 
     def service_paravirt(self) -> None:
