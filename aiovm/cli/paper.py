@@ -42,7 +42,10 @@ def _paper(
         ):
             outcomes.append(outcome)
             bar.console.print(f"row {outcome.row}: {'holds' if outcome.passed else 'DOES NOT HOLD'}: {outcome.detail}")
-    Console().print(_table(outcomes))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 170
+    console.print(_table(outcomes))
     if json is not None:
         write_file(json, msgspec.json.format(msgspec.json.encode({"rows": outcomes})) + b"\n")
 

@@ -120,7 +120,7 @@ def _figure(title: str) -> tuple[Any, Any]:
 
 def _finish(figure: Any, axes: Any, names: Sequence[str], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -19,8 +19,14 @@ __all__ = ["print_result"]
 _MOST_ROWS = 40
 
 
+#: Where nobody looks, lines are this long.
+_PLAIN_WIDTH = 170
+
+
 def print_result(result: SimResult, console: Console) -> None:
     """One row a machine, and a line for the host."""
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
     table = Table(title=f"{result.scenario}, seed {result.seed}, {format_ns(result.duration_ns)}")
     names = ("machine", "vCPUs", "ops/s", "wait p50", "p99", "max", "spin", "CPU", "steal", "fairness", "LHP", "LWP")
     for name in (*names, "PLE", "yields", "kicks", "halts"):

@@ -92,6 +92,7 @@ class ModelContext:
         "_begun",
         "_cell",
         "_clock",
+        "_cost",
         "_doing",
         "_due",
         "_end",
@@ -161,6 +162,7 @@ class ModelContext:
         #: Why the slice ended; the exit whose cost is being paid.
         self._exit: Exit | None = None
         self._due: Exit = _INTERRUPTED
+        self._cost = 0
         self._entering = False
         self._irq_window = False
 
@@ -356,8 +358,7 @@ class ModelContext:
                 else:
                     ns = op(self)
                     if self._doing == _READY and self._port.must_leave():
-                        self._begin_exit(_INTERRUPTED, _READY)
-                        self._left = ns
+                        self._begin_exit(_INTERRUPTED, _READY, ns)
                 op = None
                 if self._doing != _READY:
                     continue
@@ -366,7 +367,7 @@ class ModelContext:
                     return
                 continue
             else:
-                ns = self._left
+                ns = self._cost if doing == _EXITING else self._left
             end = cells[0] + ns
             if not pass_or_push(end, timer):
                 self._end = end
@@ -411,11 +412,11 @@ class ModelContext:
 
     # ---- exits -----------------------------------------------------------------------------------------------------
 
-    def _begin_exit(self, exit_: Exit, after: int) -> None:
-        """The exit's own cost comes first, then the slice ends; afterwards the state is ``after``."""
+    def _begin_exit(self, exit_: Exit, after: int, cost: int) -> None:
+        """The exit's own cost (ns) comes first, then the slice ends; afterwards the state is ``after``."""
         self._due = exit_
         self._after = after
-        self._left = self._exit_ns
+        self._cost = cost
         self._doing = _EXITING
 
     def _exited(self) -> None:
@@ -481,7 +482,7 @@ class ModelContext:
             self._go()
         elif self._begun >= self._end:
             cell.spinners.remove(self)
-            self._begin_exit(_PAUSE_LOOP, _SPIN)
+            self._begin_exit(_PAUSE_LOOP, _SPIN, self._exit_ns)
             self._go()
         elif self._end < FOREVER:
             self._arm(self._end)
@@ -505,7 +506,7 @@ def _spin(me: ModelContext) -> int:
 
 
 def _halt(me: ModelContext) -> int:
-    me._begin_exit(_HLT_ON if me.rflags & _IF else _HLT_OFF, _READY)
+    me._begin_exit(_HLT_ON if me.rflags & _IF else _HLT_OFF, _READY, me._exit_ns)
     return 0
 
 
