@@ -108,6 +108,11 @@ class _Alarm:
         if deadline is not None:
             self._timer = self._board.call_at(deadline, self._ring)
 
+    def disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _ring(self) -> None:
         self._timer = None
         self._chip.advance(self._board.clock.now())
@@ -187,6 +192,11 @@ class Pc:
     def rearm(self, chip: _Timed) -> None:
         """``chip`` was touched from the host's side."""
         self._alarms[chip].arm()
+
+    def disarm(self) -> None:
+        """The machine is gone: nobody waits for its chips."""
+        for alarm in self._alarms.values():
+            alarm.disarm()
 
     # ---- wires -------------------------------------------------------------------------------------------------
 

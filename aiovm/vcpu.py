@@ -684,6 +684,12 @@ class Vcpu:
             self._timer = self.vm.call_at(deadline, self._timer_expired)
             self.vm.clock.lower_limit(deadline)
 
+    def disarm_timer(self) -> None:
+        """The machine is gone: nobody waits for its timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _timer_expired(self) -> None:
         """The host's timer fired: pending, UNBLOCK, kick; delivery happens in the run loop."""
         timer, self._timer = self._timer, None

@@ -347,6 +347,9 @@ class Vm:
     def close(self) -> None:
         """Free the engine and its memory."""
         self._move(LifeEvent.CLOSE)
+        for vcpu in self.vcpus:
+            vcpu.disarm_timer()
+        self.pc.disarm()
         if self._worker is not None:
             self._worker.shutdown()
         self.engine.close()
