@@ -65,6 +65,7 @@ _VMCB: Final = 1 << 50
 _VMCB_SIZE: Final = 0x8000
 _MSRPM: Final = _VMCB + 0x2000
 _EXITINFO2: Final = 0x80
+_LOOP: Final = 0x4000
 _PHYSICAL_END: Final = 1 << 40
 _4G: Final = 1 << 32
 _READ_EXEC: Final = 5
@@ -239,8 +240,6 @@ class UnicornEngine:
         self.stepping = False
         self._kicked = False
         self._dirty_code = False
-        #: Nothing is translated: the core does not tell of the first block.
-        self._first = True
         #: What is mapped, with the callbacks that keep alive.
         self._mapped: dict[_Range, tuple[object, ...]] = {}
         self._watching_rom = False
@@ -268,6 +267,7 @@ class UnicornEngine:
         self.budget.struct.pause_cost = costs.pause_ns
         self.budget.struct.ple_gap = PLE_GAP_CYCLES * 1_000_000 // costs.tsc_khz
         self._hook()
+        self._prime()
         memory.on_change(self._remap)
         memory.on_write(self._host_wrote)
         self._remap(MemoryMap(), memory.map)
@@ -288,7 +288,7 @@ class UnicornEngine:
         start = -(-ctypes.addressof(self._private) // PAGE) * PAGE
         self.private = memoryview((ctypes.c_char * _VMCB_SIZE).from_address(start)).cast("B")
         self._exitinfo2 = ctypes.c_uint64.from_address(start + _EXITINFO2)
-        lib.check(lib.uc_mem_map_ptr(out, _VMCB, _VMCB_SIZE, 3, start), "map the engine's pages")
+        lib.check(lib.uc_mem_map_ptr(out, _VMCB, _VMCB_SIZE, 7, start), "map the engine's pages")
         self.private[0x48:0x50] = _MSRPM.to_bytes(8, "little")
         self.private[0x2000:0x4000] = b"\xff" * 0x2000
         for msr in (*MSRS, EFER_MSR):
@@ -356,6 +356,17 @@ class UnicornEngine:
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_syscall)), ctypes.c_int(x86.UC_X86_INS_SYSCALL))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_sysenter)), ctypes.c_int(x86.UC_X86_INS_SYSENTER))
 
+    def _prime(self) -> None:
+        """Run a loop of the engine's own: the core tells of a translation only once a block has run to its end."""
+        struct, cells = self.budget.struct, self.cells
+        now, limit = cells[0], cells[1]
+        self.private[_LOOP : _LOOP + 2] = b"\xeb\xfe"  # jmp to itself
+        rate, struct.rate = struct.rate, 256
+        cells[1] = now + 4
+        lib.check(lib.uc_emu_start(self._uc, _VMCB + _LOOP, 0, 0, 0), "run the first block")
+        struct.rate, struct.frac, struct.blocks, struct.stops = rate, 0, 0, 0
+        cells[0], cells[1] = now, limit
+
     # ---- memory ------------------------------------------------------------------------------------------------
 
     def _remap(self, _old: MemoryMap, new: MemoryMap) -> None:
@@ -367,7 +378,10 @@ class UnicornEngine:
         for low, high, address, rights in [r for r in wanted if r not in self._mapped]:
             callbacks: tuple[object, ...] = ()
             if address:
-                error = lib.uc_mem_map_ptr(self._uc, low, high - low, rights, address)
+                error = lib.uc_mem_map_ptr(self._uc, low, high - low, 7, address)
+                if rights != 7:
+                    # What is mapped read-only from the start the core reports stores to, and then makes them.
+                    error = error or lib.uc_mem_protect(self._uc, low, high - low, rights)
             else:
                 read, write = lib.MMIO_READ_T(self._mmio_read(low)), lib.MMIO_WRITE_T(self._mmio_write(low))
                 callbacks = read, write
@@ -476,6 +490,8 @@ class UnicornEngine:
             self._virq.value = wanted
             if wanted:
                 self._pending.value = 0xFFFF
+        elif context.window or context.nmi_window:
+            self.cells[1] = min(self.cells[1], self.cells[0] + _WINDOW_NS)
 
     def sync_in(self) -> None:
         """Without pointers: the core's registers come to the copy that the state looks at."""
@@ -510,12 +526,13 @@ class UnicornEngine:
         state = context.state
         if self._dirty_code:
             self._dirty_code = False
-            self._first = True
             self.budget.forget_code()
             lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
         if state.paging_changed:
             self.sync_out()
             self.flush_tlb(context)
+        if state.flags_changed:
+            state.fold_flags()
         self.budget.struct.ple_window = context.ple_window
         self._exit = None
         self.apply_windows(context)
@@ -524,9 +541,6 @@ class UnicornEngine:
         if self._kicked:
             self._kicked = False
             return Interrupted()
-        if self._first:
-            self._first = False
-            self.budget.mark_code(self._uc, context.linear_rip)
         if context.stepping is not self.stepping:
             self._set_stepping(context.stepping)
         if context.stepping:
@@ -597,6 +611,8 @@ class UnicornEngine:
             if not context.state.nmi_masked and not context.state.interrupt_shadow:
                 context.nmi_window = False
                 context.port.on_nmi_window()
+                if self._exit is not None:
+                    return 0
             else:
                 self.cells[1] = min(self.cells[1], self.cells[0] + _WINDOW_NS)
         if context.window:

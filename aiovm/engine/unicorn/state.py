@@ -43,12 +43,14 @@ _BASES = tuple(_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
 class EnvState:
     """The registers of one vCPU; ``bind`` says where they are now."""
 
-    __slots__ = ("_read_flags", "d", "gpr", "h", "paging_changed", "q")
+    __slots__ = ("_read_flags", "d", "flags_changed", "gpr", "h", "paging_changed", "q")
 
     def __init__(self, read_flags: Callable[[], int]) -> None:
         self._read_flags = read_flags
         #: A control register or EFER was written: the TLB must be flushed before the vCPU runs.
         self.paging_changed = False
+        #: RFLAGS was written: see :meth:`fold_flags`.
+        self.flags_changed = False
         self.bind(memoryview(bytearray(0x15C0)))
 
     def bind(self, where: memoryview) -> None:
@@ -84,7 +86,13 @@ class EnvState:
         self.d[Env.CC_OP >> 2] = _CC_OP_EFLAGS
         self.d[Env.DF >> 2] = 0xFFFF_FFFF if value & _DF else 1
         self.q[_EFLAGS] = value & 0xFFFF_FFFF & ~(_CC | _DF) | 2
+        self.flags_changed = True
         self._derive()
+
+    def fold_flags(self) -> None:
+        """Before the core is entered: it takes all flags from the register, and spreads them by itself."""
+        self.q[_EFLAGS] = self.rflags
+        self.flags_changed = False
 
     # ---- control registers ----------------------------------------------------------------------------------
 
