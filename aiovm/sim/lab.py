@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aiovm.sim.scenario import Scenario, VmSpec
     from aiovm.trace import Tracer
 
-__all__ = ["Laboratory", "simulate"]
+__all__ = ["Laboratory", "ran", "simulate", "waited"]
 
 #: A window that never changes.
 _FIXED_POLL = HaltPollParams(grow=0, shrink=1, limit_ns=0, grow_start_ns=0)

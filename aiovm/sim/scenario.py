@@ -35,8 +35,10 @@ __all__ = [
     "TcpRr",
     "VmSpec",
     "Workload",
+    "build",
     "load_scenario",
     "parse_scenario",
+    "to_toml_tree",
 ]
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aiovm.sim.meter import Meter
     from aiovm.sim.scenario import Workload
 
-__all__ = ["install", "make_lock"]
+__all__ = ["draw", "install", "make_lock"]
 
 
 def make_lock(spec: LockBound | KernelBuild | Dbench | Ebizzy, kernel: GuestKernel) -> Lock:

@@ -129,10 +129,10 @@ ROWS = (
         "kernel/sched/core.c, yield_to; Linux commit c45c528899",
         {
             "directed yield": scenario(
-                1, _UNDERCOMMIT, features=Features(ple_grows=False), warmup_ms=20, duration_ms=100
+                1, _UNDERCOMMIT, features=Features(ple_grows=False), warmup_ms=5, duration_ms=20
             ),
             "none": scenario(
-                1, _UNDERCOMMIT, features=Features(ple_grows=False, directed_yield=False), warmup_ms=20, duration_ms=100
+                1, _UNDERCOMMIT, features=Features(ple_grows=False, directed_yield=False), warmup_ms=5, duration_ms=20
             ),
             "2011": scenario(
                 1,
@@ -140,8 +140,8 @@ ROWS = (
                 features=Features(
                     ple_grows=False, ready_filter=False, eligibility_filter=False, kernel_mode_filter=False
                 ),
-                warmup_ms=20,
-                duration_ms=100,
+                warmup_ms=5,
+                duration_ms=20,
             ),
         },
         _judge_d,
