@@ -15,7 +15,7 @@ ROOT = Path(aiovm.__file__).parent
 #: Module patterns (without ``aiovm.``) by floor; the first that matches counts.
 FLOORS = {
     0: ("errors", "units", "bits", "trace", "stats"),
-    1: ("requests", "exits", "memory", "bus", "irq", "clock", "costs", "tsc", "engine.base"),
+    1: ("requests", "exits", "memory", "bus", "irq", "clock", "costs", "tsc", "guest_debug", "engine.base"),
     2: (
         "lapic*",
         "pvclock",
@@ -25,6 +25,9 @@ FLOORS = {
         "page_walk",
         "segmentation",
         "task_switch",
+        "task_register",
+        "control",
+        "smm",
         "delivery",
         "events",
         "spin",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from aiovm.irq import IrqLine
 
-__all__ = ["Lsr", "Mcr", "Msr", "Uart16550", "Uart16550State"]
+__all__ = ["Fcr", "Ier", "Iir", "Lsr", "Mcr", "Msr", "Uart16550", "Uart16550State"]
 
 _FIFO_BYTES = 16
 _TRIGGERS = (1, 4, 8, 14)

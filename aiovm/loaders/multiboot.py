@@ -51,7 +51,7 @@ _INFO_LOADER_NAME = 1 << 9
 _LOADER_NAME = "aiovm"
 
 
-class Header(NamedTuple):
+class _Header(NamedTuple):
     """The header's place in the file and its words; the addresses count with flag bit 16."""
 
     offset: int
@@ -79,7 +79,7 @@ def _magics(image: bytes) -> Iterator[int]:
         at = area.find(magic, at + 1)
 
 
-def _header(request: LoadRequest) -> Header:
+def _header(request: LoadRequest) -> _Header:
     wrong = None
     for at in _magics(request.image):
         magic, flags, checksum = request.fields("3I", at, "Multiboot header")
@@ -91,7 +91,7 @@ def _header(request: LoadRequest) -> Header:
                 f"Multiboot header requires what is not supported: flag bits {flags & _UNKNOWN_REQUIREMENTS:#x}"
             )
         addresses = request.fields("5I", at + 12, "Multiboot header addresses") if flags & _HAS_ADDRESSES else (0,) * 5
-        return Header(at, flags, *addresses)
+        return _Header(at, flags, *addresses)
     if wrong is None:
         raise request.refuse("no Multiboot header in the first 0x2000 bytes")
     raise request.refuse(f"bad Multiboot header checksum at {wrong:#x}")
@@ -128,7 +128,7 @@ def _load_elf(request: LoadRequest) -> tuple[int, int, str]:
     return image.entry, image.end, image.describe()
 
 
-def _load_by_addresses(request: LoadRequest, header: Header) -> tuple[int, int, str]:
+def _load_by_addresses(request: LoadRequest, header: _Header) -> tuple[int, int, str]:
     """The a.out kludge: where the header itself lies tells where the text begins in the file."""
     base = header.load_addr
     offset = header.offset - (header.header_addr - base)
