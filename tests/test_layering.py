@@ -44,7 +44,7 @@ FLOORS = {
 }
 
 #: A protocol may name, for the type checker, what stands above it.
-NAMED_FROM_BELOW = {("machine", "loop")}
+NAMED_FROM_BELOW = {("machine", "loop"), ("engine.base", "events")}
 
 ASYNCIO = ("clock", "loop", "vcpu", "vm", "console")
 HOST_TIME = ("clock",)
