@@ -28,7 +28,7 @@ class V:
 
 
 VCPUS = st.lists(st.builds(V, *[st.booleans()] * 8), min_size=1, max_size=9)
-OPTIONS = st.builds(SpinOptions, st.booleans(), st.booleans())
+OPTIONS = st.builds(SpinOptions, eligibility_filter=st.booleans(), kernel_mode_filter=st.booleans())
 
 
 @given(VCPUS, OPTIONS, st.data())

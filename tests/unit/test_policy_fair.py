@@ -52,7 +52,7 @@ def test_the_least_runtime_is_next_and_equals_go_by_arrival():
 
 
 def test_noise_below_a_granularity_does_not_change_the_turns():
-    p = fair()
+    p = fair(pcpus=2)
     a, b = thread(0, 6 * MS + 999_999), thread(1, 6 * MS)
     queue(p, 0, a, b)
     assert p.pick(p.pcpus[0], 0) is a
