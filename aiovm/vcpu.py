@@ -328,6 +328,9 @@ class Vcpu:
                     await self.vm.between_slices()
                 return await self._vcpu_run()
             finally:
+                # Whoever was cancelled while asleep or in guest mode is neither: a kick must not wake an empty thread.
+                self.blocking = False
+                self.mode = VcpuMode.OUTSIDE
                 host.retire(thread)
 
     async def _vcpu_run(self) -> Exit:

@@ -1,0 +1,118 @@
+"""KVM_RUN's beginnings and ends: one runner at a time, and a runner that is cancelled leaves nothing behind."""
+
+import asyncio
+
+import pytest
+
+from aiovm.exits import Interrupted
+from aiovm.loop import Host, run
+from aiovm.policy.thread import ThreadState
+from aiovm.requests import VcpuMode
+from aiovm.vcpu import MpState
+from aiovm.vm import Vm
+
+SLEEP = bytes.fromhex("fa f4 ebfd")  # cli; again: hlt; jmp again
+SPIN = bytes.fromhex("ebfe")  # jmp to itself
+
+
+def machine(host, code):
+    vm = Vm(host, memory=1 << 20)
+    vm.load(code)
+    return vm, vm.vcpus[0]
+
+
+async def cancelled(task):
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_vcpu_that_was_cancelled_asleep_is_not_woken_onto_a_cpu():
+    async def main():
+        host = Host(1)
+        vm, vcpu = machine(host, SLEEP)
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.01)
+        assert (vcpu.mp_state, vcpu.blocking) == (MpState.HALTED, True)
+        await cancelled(task)
+        vcpu.pv_unhalt()
+        await asyncio.sleep(0.01)
+        assert (vcpu.blocking, vcpu.thread.state, host.pcpus[0].current) == (False, ThreadState.BLOCKED, None)
+        # The kick was not lost: the next run goes on at once, and sleeps again at the next HLT.
+        halts = vcpu.stat.halt_exits
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.01)
+        assert vcpu.stat.halt_exits == halts + 1
+        await cancelled(task)
+        vm.close()
+
+    run(main())
+
+
+def test_a_vcpu_that_was_cancelled_in_guest_mode_is_outside():
+    async def main():
+        host = Host(1)
+        vm, vcpu = machine(host, SPIN)
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.0105)
+        assert vcpu.mode is VcpuMode.IN_GUEST
+        await cancelled(task)
+        assert (vcpu.mode, vcpu.thread.state, host.pcpus[0].current) == (VcpuMode.OUTSIDE, ThreadState.BLOCKED, None)
+        vm.close()
+
+    run(main())
+
+
+def test_a_vcpu_that_was_cancelled_while_it_waited_for_a_cpu_leaves_the_queue():
+    async def main():
+        host = Host(1)
+        (vm, first), (other, second) = machine(host, SPIN), machine(host, SPIN)
+        running = asyncio.create_task(first.run())
+        await asyncio.sleep(0.001)
+        waiting = asyncio.create_task(second.run())
+        await asyncio.sleep(0.000_1)
+        assert second.thread.state is ThreadState.READY
+        await cancelled(waiting)
+        assert host.pcpus[0].queue == []
+        assert host.pcpus[0].current is first.thread
+        await cancelled(running)
+        vm.close()
+        other.close()
+
+    run(main())
+
+
+def test_a_second_runner_waits_for_the_first():
+    async def main():
+        host = Host(1)
+        vm, vcpu = machine(host, SPIN)
+        first = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.001)
+        second = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.001)
+        assert vcpu.pid is first
+        vcpu.immediate_exit = True
+        assert await first == Interrupted()
+        await asyncio.sleep(0.001)
+        assert vcpu.pid is second
+        assert not second.done()
+        await cancelled(second)
+        vm.close()
+
+    run(main())
+
+
+def test_immediate_exit_ends_a_sleep():
+    async def main():
+        host = Host(1)
+        vm, vcpu = machine(host, SLEEP)
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.01)
+        vcpu.immediate_exit = True
+        vcpu.kick()
+        assert await task == Interrupted()
+        assert vcpu.stat.signal_exits == 1
+        assert host.pcpus[0].load == 0
+        vm.close()
+
+    run(main())
