@@ -42,7 +42,7 @@ class DebugControl(enum.IntFlag):
 class Breakpoint(NamedTuple):
     """One enabled breakpoint: its number, DR7's type (0 execute, 1 write, 3 read or write), linear range."""
 
-    index: int
+    number: int
     type: int
     address: int
     length: int
@@ -61,7 +61,7 @@ def breakpoints(addresses: Sequence[int], dr7: int) -> tuple[Breakpoint, ...]:
 
 def instruction_hits(points: Iterable[Breakpoint], rip: int) -> int:
     """DR6's B0-B3 for the instruction at linear ``rip``."""
-    return sum(1 << point.index for point in points if point.type == _EXECUTE and point.address == rip)
+    return sum(1 << point.number for point in points if point.type == _EXECUTE and point.address == rip)
 
 
 def data_hits(
@@ -79,5 +79,5 @@ def data_hits(
             at < start + point.length and start < at + size and (write or point.type == _ANY)
             for at, size, write in accesses
         ):
-            hits |= 1 << point.index
+            hits |= 1 << point.number
     return hits

@@ -33,16 +33,13 @@ class Machine(Protocol):
 
     number: int
     host: Host
-    clock: Clock
     costs: Costs
     trace: Tracer
     memory: GuestMemory
     ports: Bus
     mmio: Bus
-    engine: Engine
     cpuid: CpuidTable
     kvmclock: KvmClock
-    vcpus: Sequence[Vcpu]
     #: Guest TSC cycles a millisecond.
     tsc_khz: int
     #: Pause-loop exiting is on.
@@ -58,6 +55,13 @@ class Machine(Protocol):
     runs_ahead: bool
     #: On the wall clock: a slice's length, in ns of charged guest code.
     wall_slice_ns: int
+
+    @property
+    def clock(self) -> Clock: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def vcpus(self) -> Sequence[Vcpu]: ...
 
     def read_tsc(self) -> int:
         """The TSC that all vCPUs share, now; never behind what any of them has seen."""

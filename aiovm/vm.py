@@ -293,7 +293,8 @@ class Vm:
         self._move(LifeEvent.RUN)
         tasks = [asyncio.create_task(self._drive(v), name=f"vcpu-{self.number}.{v.index}") for v in self.vcpus]
         try:
-            await asyncio.wait([self._ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            awaited: list[asyncio.Future[Any]] = [self._ended, *tasks]
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
                     task.result()

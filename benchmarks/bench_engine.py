@@ -66,7 +66,16 @@ def main() -> None:
             else:
                 row += [f"{total / (full - idle):.0f}", f"{(full - idle) / ours:.2f}"]
         rows.append(row)
-    columns = ("loop", "aiovm MIPS", "Unicorn MIPS", "aiovm/Unicorn", "QEMU MIPS", "aiovm/QEMU", "icount MIPS", "aiovm/icount")
+    columns = (
+        "loop",
+        "aiovm MIPS",
+        "Unicorn MIPS",
+        "aiovm/Unicorn",
+        "QEMU MIPS",
+        "aiovm/QEMU",
+        "icount MIPS",
+        "aiovm/icount",
+    )
     show("Guest code, deterministic slices of 60k instructions", columns, rows)
 
 

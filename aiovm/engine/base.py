@@ -14,12 +14,12 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence, Sequence
+    from collections.abc import Sequence
 
     from aiovm.events import EventKind
     from aiovm.exits import Exit
 
-__all__ = ["Context", "CpuState", "DescriptorTable", "Engine", "GuestPort", "Reg", "Seg", "Segment"]
+__all__ = ["Context", "CpuState", "DescriptorTable", "Engine", "GuestPort", "Reg", "Registers", "Seg", "Segment"]
 
 
 class Reg(enum.IntEnum):
@@ -101,6 +101,13 @@ class DescriptorTable(NamedTuple):
     limit: int
 
 
+class Registers(Protocol):
+    """Sixteen 64-bit registers."""
+
+    def __getitem__(self, index: int, /) -> int: ...
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
 class CpuState(Protocol):
     """The architectural state of one vCPU, as the mechanisms read and write it.
 
@@ -108,7 +115,9 @@ class CpuState(Protocol):
     """
 
     #: Sixteen general registers, indexed by :class:`Reg`; writing stores 64 bits.
-    gpr: MutableSequence[int]
+    @property
+    def gpr(self) -> Registers: ...
+
     rip: int
     rflags: int
     cr0: int
@@ -185,6 +194,8 @@ class Context(Protocol):
     stepping: bool
     #: While stepping, note the accesses to memory for :meth:`take_accesses`.
     watching: bool
+    #: The pause-loop window, ns; negative: no pause-loop exits.
+    ple_window: int
 
     @property
     def state(self) -> CpuState: ...
@@ -205,6 +216,12 @@ class Context(Protocol):
         """Ask for :meth:`GuestPort.on_nmi_window` as soon as NMIs are not blocked."""
 
     def flush_tlb(self) -> None: ...
+
+    def read_msr(self, index: int) -> int:
+        """An MSR that the core holds; the caller knows which."""
+
+    def write_msr(self, index: int, value: int) -> None:
+        """Store an MSR that the core holds; the caller has checked the value."""
 
 
 class Engine(Protocol):

@@ -2,8 +2,8 @@
 
 * ``vruntime`` is CPU time received; a queue's floor never falls. A waking thread starts at most ``sleeper_credit``
   below the floor, so that sleepers are served soon but do not hoard time (GENTLE_FAIR_SLEEPERS: half a latency).
-* Threads whose runtimes differ by less than a granularity are equal, and equals take turns first in, first out: ours. By
-  the nanosecond, noise would decide, and deal the order anew each round.
+* Threads whose runtimes differ by less than a granularity are equal, and equals take turns first in, first out: ours.
+  By the nanosecond, noise would decide, and deal the order anew each round.
 * A waking thread preempts when it is behind the running one by more than ``wakeup_granularity``.
 * Directed yield makes the target the *next buddy*: it is picked unless that would be unfair by more than the
   granularity. Who yields is the *skip buddy*: it is passed over once while others wait.
