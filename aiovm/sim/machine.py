@@ -212,11 +212,15 @@ class SimMachine:
     def pic_vector(self, vcpu: Vcpu) -> int:
         return -1
 
+    @property
+    def wants_exits(self) -> bool:
+        return False
+
     def unclaimed_in(self, vcpu: Vcpu, port: int, size: int) -> int:
         return (1 << 8 * size) - 1
 
-    def unclaimed_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> None:
-        """No devices."""
+    def unclaimed_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> bool:
+        return True
 
     def hypercall(self, vcpu: Vcpu, number: int, args: tuple[int, int, int, int]) -> int:
         return -1000

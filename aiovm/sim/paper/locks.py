@@ -178,7 +178,7 @@ ROWS = (
         "W. Long, linux-kernel 2015-07-11",
         {
             f"{kind} {n}": scenario(
-                1, KernelBuild(lock=lock), vcpus=vcpus, features=Features(), warmup_ms=200, duration_ms=200
+                1, KernelBuild(lock=lock), vcpus=vcpus, features=Features(), warmup_ms=100, duration_ms=100
             )
             for kind, lock in _FAIRNESS.items()
             for n, vcpus in _OVERCOMMIT.items()
@@ -227,8 +227,8 @@ ROWS = (
                 vcpus=16,
                 pcpus=16,
                 features=_BASE_2013,
-                warmup_ms=30,
-                duration_ms=50,
+                warmup_ms=20,
+                duration_ms=30,
             )
             for lock in ("ticket", "pvticket")
             for n in _VMS

@@ -128,7 +128,7 @@ ROWS = (
         "gain with 2 machines, %",
         "Linux commit d73eb57b80b9",
         {
-            f"{kind} {n}": scenario(n, _EBIZZY_ASLEEP, features=features, warmup_ms=50, duration_ms=100)
+            f"{kind} {n}": scenario(n, _EBIZZY_ASLEEP, features=features, warmup_ms=30, duration_ms=60)
             for kind, features in (("before", _2019), ("boost", _BOOSTED))
             for n in (1, 2, 3)
         },
@@ -142,7 +142,7 @@ ROWS = (
         "gain with 2 machines, %",
         "Linux commit 266e85a5ec91",
         {
-            f"{kind} {n}": scenario(n, _EBIZZY_SPINNING, features=features, warmup_ms=50, duration_ms=100)
+            f"{kind} {n}": scenario(n, _EBIZZY_SPINNING, features=features, warmup_ms=30, duration_ms=60)
             for kind, features in (("before", _BOOSTED), ("yields", Features()))
             for n in (1, 2, 3)
         },
@@ -158,14 +158,14 @@ ROWS = (
         {
             **{
                 f"{kind} {n}": scenario(
-                    1, _queued(early=early), vcpus=vcpus, features=Features(), warmup_ms=100, duration_ms=150
+                    1, _queued(early=early), vcpus=vcpus, features=Features(), warmup_ms=60, duration_ms=80
                 )
                 for kind, early in (("early", True), ("late", False))
                 for n, vcpus in (("1", 8), ("1.5", 12))
             },
-            "late 3": scenario(3, _queued(early=False), features=Features(), warmup_ms=100, duration_ms=150),
+            "late 3": scenario(3, _queued(early=False), features=Features(), warmup_ms=60, duration_ms=80),
             "cascade 3": scenario(
-                3, _queued(early=True, eager=True), features=Features(), warmup_ms=100, duration_ms=150
+                3, _queued(early=True, eager=True), features=Features(), warmup_ms=60, duration_ms=80
             ),
         },
         _judge_10,
