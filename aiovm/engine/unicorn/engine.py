@@ -592,18 +592,22 @@ class UnicornEngine:
         self._watch(context.watching)
         while context.stepping and self.cells[0] < self.cells[1]:
             context.port.on_step()
-            if self._exit is not None:
+            if self._over():
                 break
             before = self.cells[0]
             error = self._enter(context, 1) if self.pointers else self._enter_public(context, 1)
-            if error or self._failure is not None or self._exit is not None:
+            if error or self._over():
                 break
             context.port.on_stepped()
-            if self._exit is not None:
+            if self._over():
                 break
             if self.cells[0] == before:
                 self.cells[0] += 1  # an instruction takes time, be its block's share a fraction of a nanosecond
         return error
+
+    def _over(self) -> bool:
+        """Whether the slice ends whatever its time."""
+        return self._exit is not None or self._failure is not None
 
     def _enter_public(self, context: UnicornContext, count: int = 0) -> int:
         """Without pointers there is no interrupt window: look at IF before a slice, and keep slices short meanwhile."""

@@ -315,7 +315,7 @@ class Intercepts:
                 engine.sync_out()
             if context.state.paging_changed:  # type: ignore[union-attr]
                 engine.flush_tlb(context)  # type: ignore[arg-type]
-            if cells[0] >= cells[1] or context.stepping is not engine.stepping:
+            if cells[0] >= cells[1] or context.stepping is not engine.stepping:  # type: ignore[union-attr]
                 engine.stop()
         except BaseException as error:
             engine.fail(error)
