@@ -48,8 +48,6 @@ class Thread:
     slice_end: int = 0
     resched: bool = False
     vruntime: int = 0
-    #: The policy's own order key while queued.
-    serial: int = 0
 
 
 @dataclass(slots=True, eq=False)
