@@ -86,6 +86,7 @@ class Port:
 
     def on_mmio_write(self, gpa, size, value):
         self.note("write", gpa, size, value)
+        return True
 
     def on_hypercall(self):
         self.note("hypercall")
