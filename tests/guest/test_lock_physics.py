@@ -11,6 +11,8 @@ import pytest
 
 from aiovm.locks.runner import Experiment, Workload, measure
 
+pytestmark = pytest.mark.timeout(600)  # a busy machine is slow, not stuck
+
 SLICE = 6_000_000
 SEEDS = range(5)
 MS = 1_000_000
