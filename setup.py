@@ -7,6 +7,7 @@ setup(
         Extension(
             "aiovm.engine.unicorn._budget",
             ["aiovm/engine/unicorn/_budget.c"],
+            extra_compile_args=["-O3"],
             py_limited_api=True,
             optional=True,  # without a compiler the Python twin does the same work, slower
         )

@@ -13,7 +13,7 @@ typedef struct {
     volatile int64_t *cells; /* now, limit: ns */
     int64_t rate;            /* 1/256 ns a code byte */
     int64_t frac;            /* carried 1/256 ns, of the running vCPU */
-    int64_t blocks, stops, pauses;
+    int64_t stops, pauses;
     int64_t pause_cost;      /* ns a PAUSE */
     int64_t ple_gap;         /* ns: longest time between PAUSEs of one loop */
     int64_t ple_window;      /* ns: longest loop; negative: pause-loop exiting is off */
@@ -41,20 +41,19 @@ enum { RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, MSR = 0x17c, INHIBIT_IRQ = 8
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
     budget *b = data;
-    int64_t now, charge;
+    volatile int64_t *cells = b->cells;
+    int64_t now = cells[0];
     (void)address;
-    if (*b->exit_pending)
-        return;
-    now = b->cells[0];
-    if (now >= b->cells[1]) {
+    if (__builtin_expect(now < cells[1], 1)) {
+        int64_t charge = b->frac + (int64_t)size * b->rate;
+        if (__builtin_expect(*b->exit_pending, 0))
+            return;
+        cells[0] = now + (charge >> 8);
+        b->frac = charge & 255;
+    } else if (!*b->exit_pending) {
         b->stops++;
         b->stop(uc);
-        return;
     }
-    b->blocks++;
-    charge = b->frac + (int64_t)size * b->rate;
-    b->cells[0] = now + (charge >> 8);
-    b->frac = charge & 255;
 }
 
 /* Hand an exit to Python. The bytes of instructions that have one length, prefixes apart, come along. */

@@ -43,7 +43,6 @@ class BudgetStruct(ctypes.Structure):
         ("cells", c_void_p),
         ("rate", c_int64),
         ("frac", c_int64),
-        ("blocks", c_int64),
         ("stops", c_int64),
         ("pauses", c_int64),
         ("pause_cost", c_int64),
@@ -66,7 +65,6 @@ class BudgetStruct(ctypes.Structure):
     if TYPE_CHECKING:
         rate: int
         frac: int
-        blocks: int
         stops: int
         pauses: int
         pause_cost: int
@@ -175,7 +173,6 @@ class Budget:
             s.stops += 1
             lib.uc_emu_stop(uc)
             return
-        s.blocks += 1
         charge = s.frac + size * s.rate
         cells[0] = now + (charge >> 8)
         s.frac = charge & 255

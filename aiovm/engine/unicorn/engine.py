@@ -364,7 +364,7 @@ class UnicornEngine:
         rate, struct.rate = struct.rate, 256
         cells[1] = now + 4
         lib.check(lib.uc_emu_start(self._uc, _VMCB + _LOOP, 0, 0, 0), "run the first block")
-        struct.rate, struct.frac, struct.blocks, struct.stops = rate, 0, 0, 0
+        struct.rate, struct.frac, struct.stops = rate, 0, 0
         cells[0], cells[1] = now, limit
 
     # ---- memory ------------------------------------------------------------------------------------------------
