@@ -170,6 +170,14 @@ def test_old_data_is_acknowledged_again_and_taken_once():
     assert peer.out() == [(ACK, 0, 6, b"")]
 
 
+def test_probes_and_keep_alives_are_answered():
+    peer = opened()
+    peer.say(ACK, 0, 0)
+    assert peer.out() == []
+    peer.say(ACK, -1, 0)
+    assert peer.out() == [(ACK, 0, 0, b"")]
+
+
 def test_data_out_of_order_is_asked_for_again():
     peer = opened()
     peer.say(ACK, 10, 0, b"late")

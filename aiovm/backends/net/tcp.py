@@ -271,6 +271,8 @@ class TcpEndpoint:
         payload = segment.payload
         fin = bool(segment.flags & TcpFlag.FIN)
         if not payload and not fin:
+            # Window probes and keep-alives say nothing at an old place, to be answered.
+            self._ack_due |= old != 0
             return
         self._ack_due = True
         if old < 0 or self.ended:
