@@ -219,8 +219,8 @@ class SimMachine:
     def unclaimed_in(self, vcpu: Vcpu, port: int, size: int) -> int:
         return (1 << 8 * size) - 1
 
-    def unclaimed_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> bool:
-        return True
+    def unclaimed_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> None:
+        """A model guest has no ports: what it writes is gone."""
 
     def hypercall(self, vcpu: Vcpu, number: int, args: tuple[int, int, int, int]) -> int:
         return -1000

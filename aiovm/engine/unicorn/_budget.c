@@ -36,7 +36,7 @@ typedef struct {
     uint16_t icount, size;
 } block;
 
-enum { RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, MSR = 0x17c, INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, EXECUTE = 4 };
+enum { RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c, INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, EXECUTE = 4 };
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
@@ -62,7 +62,7 @@ static void report(budget *b, void *uc, uint32_t number)
     PyGILState_STATE state;
     PyObject *argument, *result;
     b->code = 0;
-    if (b->eip && (number == CPUID || number == MSR || number == RDTSC)) {
+    if (b->eip && (number == CPUID || number == MSR || number == RDTSC || number == HLT)) {
         uint64_t linear = *b->hflags & CS64 ? *b->eip : (uint32_t)(*b->eip + *b->cs_base);
         size_t left = 4096 - (linear & 4095);
         if (b->fetch(uc, linear, EXECUTE, &b->code, left < 3 ? left : 3))

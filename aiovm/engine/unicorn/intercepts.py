@@ -95,12 +95,12 @@ class Intercepts:
         mode = 64 if flags & Hf.CS64 else 32 if flags & Hf.CS32 else 16
         return decode(self.code_bytes(context, _LONGEST), mode)
 
-    def _length(self, context: UnicornContext, plain: int) -> int:
-        """How long the instruction is whose two bytes, little-endian, are ``plain`` but for prefixes."""
-        if self._engine.budget.struct.code & 0xFFFF == plain:
-            return 2
+    def _length(self, context: UnicornContext, plain: int, size: int = 2) -> int:
+        """How long the instruction is whose ``size`` bytes, little-endian, are ``plain`` but for prefixes."""
+        if self._engine.budget.struct.code & (1 << 8 * size) - 1 == plain:
+            return size
         insn = self.decode(context)
-        return 2 if insn is None else insn.length
+        return size if insn is None else insn.length
 
     def skip(self, context: UnicornContext, length: int) -> bool:
         """Step over the instruction; a shadow ends. Whether that was the whole of it: no single-step trap follows."""
@@ -160,13 +160,13 @@ class Intercepts:
     # ---- waiting and windows -----------------------------------------------------------------------------------------
 
     def _hlt(self, context: UnicornContext, _number: int) -> None:
-        if self.skip(context, self._length(context, b"\xf4")):
+        if self.skip(context, self._length(context, 0xF4, 1)):
             context.port.on_hlt()
 
     def _pause(self, context: UnicornContext, _number: int) -> None:
         engine = self._engine
         if not engine.pointers:
-            self.skip(context, self._length(context, b"\xf3\x90"))
+            self.skip(context, self._length(context, 0x90F3))
             if not engine.budget.pause(context.state.cpl):
                 return
         engine.cells[0] += engine.costs.exit_ns
