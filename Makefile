@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py aiovm/engine/unicorn/_budget.c
 
 demo: $(STAMP)
 	@mkdir -p out
-	$(BIN)/aiovm locks --vcpus 8 --pcpus 8,4,2 --no-ple --duration 100ms --plot out/locks.png --json out/locks.json
+	$(BIN)/aiovm locks --vcpus 8 --pcpus 8,4,2 --no-ple --duration 60ms --plot out/locks.png --json out/locks.json
 	@echo "picture: out/locks.png   rows: out/locks.json"
 
 test: $(STAMP)
