@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_JOBS ?= auto
 
-.PHONY: demo test check lint format types bench peers guests-elf clean help
+.PHONY: demo test check lint format types bench peers guests guests-elf clean help
 
 help:
 	@echo "make demo    install, and compare spinlocks on 8 vCPUs over 8, 4 and 2 physical CPUs"
 	@echo "make test    install, and run all tests"
 	@echo "make check   format, lint, types and tests: before each push"
 	@echo "make peers   Debian's QEMU and gdb, which some tests compare with (needs root)"
+	@echo "make guests  Linux guests in out/guests, from Debian's packages"
 	@echo "make bench   this project beside bare Unicorn, QEMU and SimPy, as ratios"
 
 $(STAMP): pyproject.toml setup.py aiovm/engine/unicorn/_budget.c
@@ -51,6 +52,9 @@ bench: $(STAMP)
 peers:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends qemu-system-x86 gdb >/dev/null
+
+guests: $(STAMP)
+	$(BIN)/python scripts/make_guests.py
 
 guests-elf:
 	$(MAKE) -C aiovm/guests
