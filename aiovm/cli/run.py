@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import Annotated
 
 import msgspec
 import typer
 
+from aiovm.cli.console import keyboard, open_output
 from aiovm.cli.files import check_writable, write_file
-from aiovm.errors import AiovmError, ConfigError, TimeoutExpired
+from aiovm.cli.status import OK
+from aiovm.errors import ConfigError, TimeoutExpired
 from aiovm.loaders import read_modules
 from aiovm.loop import Host, run, run_wall
 from aiovm.policy import by_name
@@ -22,9 +23,6 @@ from aiovm.sinks import open_sinks
 from aiovm.trace import HashSink, Tracer
 from aiovm.units import parse_duration, parse_size
 from aiovm.vm import Outcome, Vm
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["register"]
 
@@ -42,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _run(
-    image: Annotated[Path, typer.Argument(help="The guest: Multiboot, ELF (32 or 64 bit), or a flat binary.")],
+    image: Annotated[Path, typer.Argument(help="The guest: Linux, Multiboot, ELF (32 or 64 bit), or a flat binary.")],
     vcpus: Annotated[int, typer.Option(help="Virtual CPUs, 1 to 255.")] = 1,
     pcpus: Annotated[int | None, typer.Option(help="Physical CPUs they share. [default: as many as vCPUs]")] = None,
     memory: Annotated[str, typer.Option(help="Guest memory, as in 64M or 1G.")] = "64M",
@@ -55,6 +53,8 @@ def _run(
     slice_: Annotated[str, typer.Option("--slice", help="How long a vCPU may run while others wait.")] = "6ms",
     seed: Annotated[int, typer.Option(help="Of every random choice on the host.")] = 0,
     ple: Annotated[bool, typer.Option(help="Pause-loop exiting.")] = True,
+    nodes: Annotated[int, typer.Option(help="NUMA nodes that the guest is told of.")] = 1,
+    unpack: Annotated[bool, typer.Option(help="Unpack a bzImage here, or let its own decompressor run.")] = True,
     console: Annotated[str, typer.Option(help="Where serial output goes: stdio, null or file:PATH.")] = "stdio",
     timeout: Annotated[str | None, typer.Option(help="Give up after this time on the chosen clock, as in 10s.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result and statistics here.")] = None,
@@ -63,9 +63,12 @@ def _run(
     """Run a guest until it ends.
 
     The process status is the guest's: 0 for power-off, (value << 1) | 1 for a write to the debug-exit port 0xF4,
-    64 triple fault, 66 unhandled exit, 68 stall (everything waits for ever), 70 time-out, 2 bad input.
+    64 triple fault, 66 unhandled exit, 68 stall (everything waits for ever), 70 time-out, 74 kernel panic, 2 bad input.
+    On the wall clock the terminal is the guest's console; Ctrl-A x leaves, with status 0.
 
     Example: aiovm run guest.elf --vcpus 4 --pcpus 2 --append "verbose=1"
+
+    Example: aiovm run vmlinuz --initrd initrd.gz --memory 512M --append console=ttyS0 --clock wall
     """
     limit = None if timeout is None else parse_duration(timeout)
     try:
@@ -83,7 +86,7 @@ def _run(
     digest = HashSink()
     if json is not None:
         tracer.add(digest)
-    out, close = _console(console)
+    out, close = open_output(console)
     if trace is not None:
         open_sinks(tracer, trace)
 
@@ -94,16 +97,24 @@ def _run(
             seed=seed,
             trace=tracer,
         )
-        async with Vm(host, vcpus=vcpus, memory=parse_size(memory), ple=ple, console=out) as vm:
-            vm.load(data, name=image.name, cmdline=append, modules=modules)
-            if clock is _ClockName.WALL:
-                _feed_stdin(vm, console)
+        async with Vm(host, vcpus=vcpus, memory=parse_size(memory), ple=ple, nodes=nodes, console=out) as vm:
+            vm.load(data, name=image.name, cmdline=append, modules=modules, unpack=unpack)
             task = asyncio.ensure_future(vm.run())
+            left = False
+
+            def leave() -> None:
+                nonlocal left
+                left = task.cancel()
+
             if limit is not None:
                 host.clock.call_at(limit, task.cancel)
+            interactive = clock is _ClockName.WALL and console == "stdio"
             try:
-                outcome = await task
+                with keyboard(vm.feed_console, leave) if interactive else nullcontext():
+                    outcome = await task
             except asyncio.CancelledError:
+                if left:
+                    return Outcome("left", OK, host.clock.now()), _statistics(vm, host)
                 if limit is not None and host.clock.now() >= limit:
                     raise TimeoutExpired(f"the guest is not done after {timeout}: {vm.describe()}") from None
                 raise
@@ -119,47 +130,6 @@ def _run(
         report["trace_hash"] = digest.hexdigest()
         write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     raise typer.Exit(outcome.status & 0xFF)
-
-
-def _console(where: str) -> tuple[Callable[[bytes], None], Callable[[], None]]:
-    if where == "null":
-        return (lambda _: None), (lambda: None)
-    if where == "stdio":
-        stream: BinaryIO = sys.stdout.buffer
-
-        def write(data: bytes) -> None:
-            stream.write(data)
-            if data.endswith(b"\n") or len(data) > 1:
-                stream.flush()
-
-        return write, stream.flush
-    kind, _, path = where.partition(":")
-    if kind != "file" or not path:
-        raise ConfigError(f"bad console {where!r}: stdio, null or file:PATH")
-    try:
-        file = open(path, "wb")  # noqa: SIM115  (closed by the caller's close())
-    except OSError as error:
-        raise ConfigError(f"cannot write console file {path}: {error.strerror}") from error
-    return (lambda data: (file.write(data), None)[1]), file.close
-
-
-def _feed_stdin(vm: Vm, console: str) -> None:
-    """On the wall clock, what comes in on standard input goes to the serial port."""
-    if console != "stdio":
-        return
-    loop = asyncio.get_running_loop()
-
-    def readable() -> None:
-        data = os.read(0, 4096)
-        if data:
-            vm.feed_console(data)
-        else:
-            loop.remove_reader(0)
-
-    try:
-        loop.add_reader(0, readable)
-    except (OSError, PermissionError, AiovmError):
-        return  # a regular file or nothing at all: no input
 
 
 def _statistics(vm: Vm, host: Host) -> dict[str, object]:

@@ -1,0 +1,111 @@
+"""The terminal as a guest's serial console: where output goes, raw input, and the keys that are not the guest's.
+
+On a terminal, input is raw (each key goes to the guest, Ctrl-C too), and Ctrl-A begins a command, as in QEMU:
+Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A, Ctrl-A h lists these. Input from a pipe goes to the guest as it is.
+Only a guest on the wall clock has input: what arrives when would decide a virtual run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import termios
+import tty
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from aiovm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["HELP", "EscapeKeys", "keyboard", "open_output"]
+
+_CTRL_A = 1
+HELP = b"\r\nCtrl-A x  leave\r\nCtrl-A Ctrl-A  send Ctrl-A\r\nCtrl-A h  this list\r\n"
+
+
+class EscapeKeys:
+    """Ctrl-A and the key behind it, which may come later. ``leave()``, ``show(bytes)``: for the person's eyes."""
+
+    def __init__(self, leave: Callable[[], object], show: Callable[[bytes], object]) -> None:
+        self._leave = leave
+        self._show = show
+        self._escaped = False
+
+    def filter(self, data: bytes) -> bytes:
+        """What of ``data`` is for the guest."""
+        out = bytearray()
+        for key in data:
+            if self._escaped:
+                self._escaped = False
+                if key in b"xX":
+                    self._leave()
+                elif key in b"hH?":
+                    self._show(HELP)
+                else:
+                    if key != _CTRL_A:
+                        out.append(_CTRL_A)
+                    out.append(key)
+            elif key == _CTRL_A:
+                self._escaped = True
+            else:
+                out.append(key)
+        return bytes(out)
+
+
+def open_output(where: str) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    """A sink for ``stdio``, ``null`` or ``file:PATH``, and what to call at the end."""
+    if where == "null":
+        return (lambda _: None), (lambda: None)
+    if where == "stdio":
+        stream = sys.stdout.buffer
+        prompt = sys.stdout.isatty()
+
+        def write(data: bytes) -> None:
+            stream.write(data)
+            if prompt or data.endswith(b"\n") or len(data) > 1:
+                stream.flush()
+
+        return write, stream.flush
+    kind, _, path = where.partition(":")
+    if kind != "file" or not path:
+        raise ConfigError(f"bad console {where!r}: stdio, null or file:PATH")
+    try:
+        file = open(path, "wb")  # noqa: SIM115  (closed by the caller's close())
+    except OSError as error:
+        raise ConfigError(f"cannot write console file {path}: {error.strerror}") from error
+    return (lambda data: (file.write(data), None)[1]), file.close
+
+
+@contextmanager
+def keyboard(feed: Callable[[bytes], object], leave: Callable[[], object], *, descriptor: int = 0) -> Iterator[None]:
+    """While inside, what comes in on ``descriptor`` goes to ``feed``; on the running loop."""
+    loop = asyncio.get_running_loop()
+    terminal = os.isatty(descriptor)
+    keys = EscapeKeys(leave, lambda text: os.write(descriptor, text))
+
+    def readable() -> None:
+        data = os.read(descriptor, 4096)
+        if not data:
+            loop.remove_reader(descriptor)
+        elif terminal:
+            feed(keys.filter(data))
+        else:
+            feed(data)
+
+    try:
+        loop.add_reader(descriptor, readable)
+    except OSError:  # a regular file, or closed: no input
+        yield
+        return
+    before = termios.tcgetattr(descriptor) if terminal else None
+    try:
+        if terminal:
+            tty.setraw(descriptor)
+        yield
+    finally:
+        loop.remove_reader(descriptor)
+        if before is not None:
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
