@@ -206,6 +206,7 @@ class Vm:
         pcpus: int | None = None,
         memory: int | str = "256M",
         host: Host | None = None,
+        unpack: bool = True,
         **options: Any,
     ) -> AsyncIterator[Self]:
         """A running Linux guest: wait for its words with :meth:`expect`, run commands with :meth:`shell`.
@@ -218,7 +219,7 @@ class Vm:
             host = Host(vcpus if pcpus is None else pcpus)
         size = memory if isinstance(memory, int) else parse_size(memory)
         async with cls(host, vcpus=vcpus, memory=size, **options) as vm:
-            vm.load(image, name=Path(kernel).name, cmdline=cmdline, modules=read_modules(initrd))
+            vm.load(image, name=Path(kernel).name, cmdline=cmdline, modules=read_modules(initrd), unpack=unpack)
             vm.start()
             assert vm._running is not None
             try:

@@ -1,0 +1,220 @@
+"""Debian's kernel, unmodified: to a shell on 1 to 8 CPUs, in both clocks, and every way to end.
+
+Needs what ``make guests`` leaves in out/guests, or in the directory that AIOVM_GUESTS names.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiovm.errors import CommandFailed, ConfigError, GuestPanic, StateError
+from aiovm.loop import run, run_wall
+from aiovm.vm import Vm
+
+GUESTS = Path(os.environ.get("AIOVM_GUESTS") or Path(__file__).parents[2] / "out" / "guests")
+PATIENCE = 300
+COMPLAINTS = re.compile(r"BUG|WARNING|Oops|soft lockup|hard LOCKUP|unstable|rcu.*stall|blocked for more than")
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not (GUESTS / "initrd.gz").exists(), reason=f"{GUESTS} has no guests: run make guests"),
+]
+
+
+def linux(*, initrd="initrd.gz", cmdline="console=ttyS0 quiet", **options):
+    return Vm.linux(GUESTS / "vmlinuz", initrd=str(GUESTS / initrd), cmdline=cmdline, **options)
+
+
+async def prompt(vm):
+    await vm.expect("~ # ", timeout=PATIENCE)
+
+
+async def sh(vm, command):
+    return await vm.shell(command, timeout=PATIENCE)
+
+
+async def end(vm, command):
+    vm.console.type(command + "\n")
+    return await vm.finished()
+
+
+STORM = """
+storm() {
+    i=0
+    while [ $i -lt $2 ]; do
+        sum=$(seq $1 $((i + 2000)) | gzip | gunzip | md5sum)
+        want=$(seq $1 $((i + 2000)) | md5sum)
+        [ "$sum" = "$want" ] || echo "miscompare $1 $i"
+        i=$((i + 1))
+    done
+}
+"""
+
+
+@pytest.mark.parametrize(("vcpus", "pcpus"), [(1, 1), (2, 2), (4, 4), (8, 2)])
+def test_to_a_shell_in_virtual_time(vcpus, pcpus):
+    async def main():
+        async with linux(vcpus=vcpus, pcpus=pcpus) as vm:
+            await prompt(vm)
+            assert await sh(vm, "nproc") == f"{vcpus}\n"
+            digest = (await sh(vm, "seq 1 30000 | md5sum")).split()[0]
+            numbers = "".join(f"{i}\n" for i in range(1, 30001)).encode()
+            assert digest == hashlib.md5(numbers, usedforsecurity=False).hexdigest()
+            await sh(vm, STORM)
+            background = " ".join(f"storm {i} 3 &" for i in range(1, vcpus + 1))
+            assert await sh(vm, f"{background} wait") == ""
+            log = await sh(vm, "dmesg")
+            assert not COMPLAINTS.search(log)
+            for fact in (
+                "Hypervisor detected: KVM",
+                "kvm-clock: Using msrs 4b564d01 and 4b564d00",
+                "TSC deadline timer available",
+                "Switched APIC routing to physical x2apic",
+                "APIC: Switch to symmetric I/O mode setup",
+                "ACPI: PM: (supports S0 S5)",
+            ):
+                assert fact in log
+            if vcpus > 1:
+                for fact in (
+                    "kvm-guest: PV spinlocks enabled",
+                    "kvm-guest: setup PV IPIs",
+                    "kvm-guest: KVM setup pv remote TLB flush",
+                    "kvm-guest: setup PV sched yield",
+                ):
+                    assert fact in log
+            if pcpus < vcpus:
+                stolen = int((await sh(vm, "grep '^cpu ' /proc/stat")).split()[8])
+                assert stolen > 0
+            outcome = await end(vm, "poweroff -f")
+            assert (outcome.reason, outcome.status) == ("power-off", 0)
+
+    run(main())
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from aiovm import HashSink, Host, Tracer, Vm, run
+
+async def main():
+    tracer, digest = Tracer(), HashSink()
+    tracer.add(digest)
+    host = Host(2, trace=tracer)
+    guests = Path(sys.argv[1])
+    async with Vm.linux(guests / "vmlinuz", initrd=str(guests / "initrd.gz"), vcpus=4, host=host) as vm:
+        await vm.expect("~ # ")
+        await vm.shell("seq 1 1000 | md5sum & seq 1 1000 | md5sum & wait")
+        vm.console.type("poweroff -f\\n")
+        outcome = await vm.finished()
+        tracer.close()
+        print(outcome.now, digest.hexdigest(), hash(vm.console.text) and len(vm.console.text))
+
+run(main())
+"""
+
+
+def test_two_boots_are_the_same_to_the_byte():
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(GUESTS)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert runs[0] == runs[1]
+    assert re.fullmatch(r"\d+ [0-9a-f]{32} \d+\n", runs[0])
+
+
+@pytest.mark.wall
+@pytest.mark.parametrize("vcpus", [1, 4])
+def test_to_a_shell_on_the_wall_clock(vcpus):
+    async def main():
+        async with linux(vcpus=vcpus) as vm:
+            await prompt(vm)
+            assert await sh(vm, "nproc") == f"{vcpus}\n"
+            await sh(vm, STORM)
+            assert await sh(vm, "storm 1 2 & storm 2 2 & wait") == ""
+            assert not COMPLAINTS.search(await sh(vm, "dmesg"))
+            outcome = await end(vm, "reboot -f")
+            assert (outcome.reason, outcome.status) == ("reset", 0)
+
+    run_wall(main())
+
+
+def test_its_own_decompressor_numa_and_locks_without_kvm():
+    async def main():
+        async with linux(vcpus=4, memory="4G", nodes=2, unpack=False, cmdline="console=ttyS0 quiet nopvspin") as vm:
+            await prompt(vm)
+            log = await sh(vm, "dmesg")
+            assert "ACPI: SRAT: Node 1 PXM 1 [mem 0x100000000-0x13fffffff]" in log
+            assert 'PV spinlocks disabled, forced by "nopvspin" parameter' in log
+            assert not COMPLAINTS.search(log)
+            assert (await sh(vm, "ls -d /sys/devices/system/node/node*")).count("node/node") == 2
+
+    run(main())
+
+
+def test_bash_and_python():
+    async def main():
+        async with linux(initrd="initrd-python.gz", memory="512M", vcpus=2) as vm:
+            await prompt(vm)
+            program = "import hashlib; print(hashlib.sha256(b'aiovm' * 1000).hexdigest())"
+            assert (await sh(vm, f'python3 -c "{program}"')).strip() == hashlib.sha256(b"aiovm" * 1000).hexdigest()
+            assert "GNU bash" in await sh(vm, "bash --version")
+
+    run(main())
+
+
+def test_a_panic_is_an_error_with_its_last_lines():
+    async def main(how):
+        async with linux(cmdline=f"console=ttyS0 quiet rdinit=/none {how}") as vm:
+            with pytest.raises(GuestPanic, match="Unable to mount root fs") as caught:
+                await vm.expect("never", timeout=PATIENCE)
+            assert any("Call Trace" in line for line in caught.value.lines)
+            with pytest.raises(GuestPanic):
+                await vm.finished()
+
+    for how in ("panic=-1", "panic=0"):
+        with pytest.raises(GuestPanic):
+            run(main(how))
+
+
+def test_failed_commands_and_ended_guests():
+    async def main():
+        async with linux() as vm:
+            await prompt(vm)
+            with pytest.raises(CommandFailed, match="status 3"):
+                await vm.shell("(echo no; exit 3)", timeout=PATIENCE)
+            await end(vm, "poweroff -f")
+            with pytest.raises(StateError, match="the guest has ended: power-off"):
+                await vm.shell("true")
+
+    run(main())
+
+
+def test_damaged_files(tmp_path):
+    kernel = bytearray((GUESTS / "vmlinuz").read_bytes())
+    kernel[0x40_0000] ^= 1
+    (tmp_path / "vmlinuz").write_bytes(kernel)
+
+    async def main(kernel, **options):
+        async with Vm.linux(kernel, **options):
+            pass
+
+    with pytest.raises(ConfigError, match="checksum is wrong"):
+        run(main(tmp_path / "vmlinuz"))
+    with pytest.raises(ConfigError, match="does not fit RAM"):
+        run(main(GUESTS / "vmlinuz", memory="24M"))
+    with pytest.raises(ConfigError, match="cannot read the kernel"):
+        run(main(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="cannot read module"):
+        run(main(GUESTS / "vmlinuz", initrd="/none"))
