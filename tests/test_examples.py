@@ -1,12 +1,15 @@
 """Each example prints exactly what stands beside it, in a fresh process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+GUESTS = Path(os.environ.get("AIOVM_GUESTS") or ROOT / "out" / "guests")
 
 
 def test_every_example_has_its_output():
@@ -15,8 +18,15 @@ def test_every_example_has_its_output():
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_output(example):
+    if "AIOVM_GUESTS" in example.read_text() and not (GUESTS / "initrd.gz").exists():
+        pytest.skip(f"{GUESTS} has no guests: run make guests")
     done = subprocess.run(
-        [sys.executable, "-W", "error", example], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "error", example],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        env={**os.environ, "AIOVM_GUESTS": str(GUESTS)},
     )
     assert done.stderr == ""
     assert done.stdout == example.with_suffix(".out").read_text()
