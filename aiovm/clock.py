@@ -309,7 +309,8 @@ class WallClock:
     def __init__(self) -> None:
         self.cells = new_cells()
         self.cells[1] = FOREVER
-        self._base = time.monotonic_ns()
+        #: ``time.monotonic_ns()`` when the clock was made.
+        self.base_ns = time.monotonic_ns()
         self.epoch_ns = time.time_ns()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -320,7 +321,7 @@ class WallClock:
 
     def now(self) -> int:
         """Nanoseconds since the clock was made."""
-        return time.monotonic_ns() - self._base
+        return time.monotonic_ns() - self.base_ns
 
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         """Run ``callback()`` on the loop at ``deadline`` (ns), never early."""

@@ -16,9 +16,13 @@ Modelled: the above, with VMX's 48 fraction bits. Not modelled: the matching of 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from aiovm.bits import mask, sign_extend
 from aiovm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["GuestTsc", "GuestTscState", "ns_to_tsc", "scaling_ratio", "tsc_to_ns"]
 
@@ -65,12 +69,14 @@ class GuestTscState:
 
 
 class GuestTsc:
-    """One vCPU's TSC."""
+    """One vCPU's TSC. ``on_change(ratio, offset)``: how it is made from the host's, now and whenever that changes."""
 
-    __slots__ = ("_s",)
+    __slots__ = ("_on_change", "_s")
 
-    def __init__(self, ratio: int = _UNSCALED) -> None:
+    def __init__(self, ratio: int = _UNSCALED, *, on_change: Callable[[int, int], object] | None = None) -> None:
+        self._on_change = on_change
         self._s = GuestTscState(ratio=ratio)
+        self._tell()
 
     def scale(self, host_tsc: int) -> int:
         """A host count or frequency, scaled."""
@@ -92,10 +98,12 @@ class GuestTsc:
         moved = value - self.read(host_tsc)
         self._s.offset = self._s.offset + moved & mask(64)
         self._s.adjust = sign_extend(self._s.adjust + moved, 64)
+        self._tell()
 
     def host_write(self, value: int, host_tsc: int) -> None:
         """The embedding program's store to IA32_TSC; TSC_ADJUST keeps."""
         self._s.offset = value - self.scale(host_tsc) & mask(64)
+        self._tell()
 
     @property
     def adjust(self) -> int:
@@ -108,6 +116,7 @@ class GuestTsc:
         if not host_initiated:
             self._s.offset = self._s.offset + value - self._s.adjust & mask(64)
         self._s.adjust = value
+        self._tell()
 
     def save(self) -> GuestTscState:
         """A copy of the state."""
@@ -116,7 +125,12 @@ class GuestTsc:
     def restore(self, state: GuestTscState) -> None:
         """Take over a saved state."""
         self._s = replace(state)
+        self._tell()
 
     def reset(self) -> None:
         """Power-on: the shared counter as it is. The ratio is the machine's and stays; INIT leaves all as it was."""
         self.restore(GuestTscState(ratio=self._s.ratio))
+
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self._s.ratio, self._s.offset)

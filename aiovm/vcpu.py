@@ -149,7 +149,6 @@ class Vcpu:
         #: The breakpoints in force, the debugger's or the guest's.
         self.eff_db: tuple[Breakpoint, ...] = ()
         self.ia32_misc_enable_msr = 0
-        self.tsc = GuestTsc()
         self.pv = Paravirt(vm.memory, vm.kvmclock, vcpu_id=vcpu_id)
         self.steal = self.pv.steal
         self.ple = PleWindow()
@@ -157,6 +156,7 @@ class Vcpu:
         self.history: deque[str] = deque(maxlen=8)
         self.port = port(self)
         self.context: Context = vm.engine.create_context(index, self.port)
+        self.tsc = GuestTsc(on_change=self.context.set_tsc)
         self.thread: Thread = vm.host.add_thread(self, vm.number)
         self._poll = Alarm(vm.clock)
         self._polling = False

@@ -44,6 +44,7 @@ from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode
 from aiovm.pc import Pc
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
+from aiovm.tsc import ns_to_tsc, tsc_to_ns
 from aiovm.units import parse_size
 from aiovm.vcpu import MpState, Vcpu
 
@@ -164,7 +165,6 @@ class Vm:
 
         virtual = isinstance(self.clock, VirtualClock)
         self.runs_ahead = virtual
-        self._last_tsc = 0
         #: On the wall clock: whose slice runs, and who was kicked while it waited for its turn.
         self._slicing: Context | None = None
         self._kicked: set[Context] = set()
@@ -179,6 +179,7 @@ class Vm:
             pointers=pointers,
             release_gil=not virtual,
         )
+        self.engine.serve_tsc(self.tsc_khz, None if isinstance(self.clock, VirtualClock) else self.clock.base_ns)
         self.cpuid = CpuidTable(vcpus=vcpus, tsc_khz=self.tsc_khz, features=features)
         self.kvmclock = KvmClock(host_khz=self.tsc_khz, now=self.clock.now())
         self.lapics = [Lapic(i, bsp=i == 0, maxphyaddr=40) for i in range(vcpus)]
@@ -389,16 +390,14 @@ class Vm:
     # ---- time --------------------------------------------------------------------------------------------------
 
     def read_tsc(self) -> int:
-        tsc = self.clock.now() * self.tsc_khz // 1_000_000
         # vCPUs run up to a quantum apart; a TSC that steps back between CPUs is a broken one to a guest.
-        self._last_tsc = max(self._last_tsc, tsc)
-        return self._last_tsc
+        return self.engine.latest_tsc(ns_to_tsc(self.clock.now(), self.tsc_khz))
 
     def wall_ns(self) -> int:
         return self.clock.epoch_ns + self.clock.now()
 
     def tsc_to_ns(self, tsc: int) -> int:
-        return -(-tsc * 1_000_000 // self.tsc_khz)
+        return tsc_to_ns(tsc, self.tsc_khz)
 
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         if self._worker is None:

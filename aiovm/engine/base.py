@@ -216,6 +216,8 @@ class Context(Protocol):
         """Ask for :meth:`GuestPort.on_nmi_window` as soon as NMIs are not blocked."""
 
     def flush_tlb(self) -> None: ...
+    def set_tsc(self, ratio: int, offset: int) -> None:
+        """The guest's TSC is the machine's, scaled (48 fraction bits), plus ``offset``: an engine may answer RDTSC."""
 
     def read_msr(self, index: int) -> int:
         """An MSR that the core holds; the caller knows which."""

@@ -357,6 +357,88 @@ def test_rdtsc_and_rdtscp(make):
     assert m.cells[0] == 15 * 64 // 256 + 2 * 12 + 600
 
 
+#: Stores RDTSC's and then RDTSCP's value: rdtsc; shl rdx, 32; or rax, rdx; mov rsi, rax; rdtscp; and again; hlt
+READ_TWICE = ("0f31 48c1e220 4809d0 4889c6", "0f01f9 48c1e220 4809d0 4889c7", "f4")
+
+
+def served(native, *parts, at=CODE, khz=2_000_000, ratio=1 << 48, offset=0):
+    """A machine whose engine knows the counter, and whose port computes the same."""
+    m = Machine(code(*parts), native=native, pointers=True, at=at)
+    m.engine.serve_tsc(khz, None)
+    m.context.set_tsc(ratio, offset)
+
+    def answer():
+        shared = m.engine.latest_tsc(m.cells[0] * khz // 1_000_000)
+        return (shared * ratio >> 48) + offset & (1 << 64) - 1
+
+    m.port.on_rdtsc = answer
+    m.port.msr = 0x5_0000_0007  # TSC_AUX reads its low half
+    m.context.write_msr(0xC000_0103, 7)
+    return m
+
+
+@pytest.mark.parametrize("native", [True, False] if budget.NATIVE else [False])
+def test_the_engine_reads_the_counter_by_itself(native):
+    m = served(native, *READ_TWICE)
+    assert m.run() == Hlt(False)
+    # Blocks of 26, 24 and 11 bytes, a quarter ns each, and 12 ns an RDTSC; two cycles a ns.
+    assert (m.gpr[6], m.gpr[7], m.gpr[1]) == ((6 + 12) * 2, (12 + 24) * 2, 7)
+    assert m.cells[0] == 15 + 24 + 600
+    assert m.seen("hlt") == [(CODE + 26,)]
+    m.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "offset"), [(1 << 47, 5), (3 << 48, 1 << 63), ((1 << 64) - 1, (1 << 64) - 1), (0x1_2345_6789_ABCD, 99)]
+)
+def test_both_hooks_scale_and_move_the_counter_alike(ratio, offset):
+    seen = []
+    for native in {budget.NATIVE, False}:
+        m = served(native, *READ_TWICE, ratio=ratio, offset=offset, khz=3_123_457)
+        m.cells[0] = 1 << 61
+        assert m.run(1 << 62) == Hlt(False)
+        seen.append((m.gpr[6], m.gpr[7], m.cells[0]))
+        m.engine.close()
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("native", [True, False] if budget.NATIVE else [False])
+def test_nobody_is_behind_what_somebody_has_seen(native):
+    m = served(native, *READ_TWICE)
+    assert m.engine.latest_tsc(1000) == 1000
+    assert m.run() == Hlt(False)
+    assert m.gpr[6] == m.gpr[7] == 1000
+    assert m.engine.latest_tsc(999) == 1000
+    m.engine.close()
+
+
+@pytest.mark.parametrize("native", [True, False] if budget.NATIVE else [False])
+def test_a_slice_that_is_over_ends_at_rdtsc_too(native):
+    m = served(native, "0f31" * 3, "f4")
+    assert m.run(2) is BUDGET
+    assert m.state.rip == CODE + 2
+    assert m.cells[0] == 1 + 12
+    m.engine.close()
+
+
+@pytest.mark.parametrize("native", [True, False] if budget.NATIVE else [False])
+def test_prefixes_single_steps_and_page_ends_are_python_s(native):
+    m = served(native, "48 0f31 f4")  # rex.w rdtsc; hlt
+    assert m.run() == Hlt(False)
+    assert m.state.rip == CODE + 4
+    m.engine.close()
+    m = served(native, "0f01f9 f4", at=CODE + 0xFFE)  # rdtscp, the last byte of it in the next page
+    assert m.run() == Hlt(False)
+    assert (m.state.rip, m.gpr[1]) == (CODE + 0x1002, 7)
+    m.engine.close()
+    m = served(native, "0f31 f4")
+    m.state.rflags = 0x102  # TF
+    assert m.run().vector == 1
+    assert m.state.rip == CODE + 2
+    assert m.gpr[0] == 12 * 2
+    m.engine.close()
+
+
 def test_rdtsc_at_the_very_end_of_what_is_mapped(make):
     m = make("0f31 f4", at=0x1F_FFFD)  # rdtsc; hlt; then nothing
     assert m.run() == Hlt(False)

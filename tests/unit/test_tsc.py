@@ -97,3 +97,22 @@ def test_state_travels_and_resets():
     other.reset()
     assert other.read(1_000) == 1_500
     assert tsc.read(1_000) == 100
+
+
+def test_whoever_makes_the_counter_is_told_of_every_change():
+    told = []
+    tsc = GuestTsc(1 << 47, on_change=lambda *values: told.append(values))
+    tsc.write(1000, 100)
+    tsc.write_adjust(5)
+    tsc.host_write(0, 100)
+    state = tsc.save()
+    tsc.reset()
+    tsc.restore(state)
+    assert told == [
+        (1 << 47, 0),
+        (1 << 47, 950),
+        (1 << 47, 5),
+        (1 << 47, (1 << 64) - 50),
+        (1 << 47, 0),
+        (1 << 47, (1 << 64) - 50),
+    ]

@@ -258,6 +258,9 @@ class ModelContext:
     def flush_tlb(self) -> None:
         """No TLB: what a flush costs is the program's business."""
 
+    def set_tsc(self, ratio: int, offset: int) -> None:
+        """Programs know the clock itself."""
+
     def request_irq_window(self, wanted: bool) -> None:
         self._irq_window = wanted
 

@@ -1,13 +1,14 @@
 /* The block-budget hook: virtual time advances by the code bytes of each translated block, and the slice ends
  * before the block that would start at or after its limit. PAUSEs are counted here, so that a spinning vCPU
- * crosses into Python only when its pause-loop window closes. budget.py holds the same rules in Python; both
- * stop at the same blocks.
+ * crosses into Python only when its pause-loop window closes. RDTSC and RDTSCP are answered here: guests that wait
+ * or gather entropy execute millions of them. Python holds the same rules; both stop at the same blocks.
  *
  * No third-party header: Unicorn's functions come as addresses in the shared structure. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #include <stdint.h>
+#include <time.h>
 
 typedef struct {
     volatile int64_t *cells; /* now, limit: ns */
@@ -29,6 +30,14 @@ typedef struct {
     int (*translate)(void *, uint64_t, uint32_t, uint64_t *);
     uint8_t *code_pages;     /* one byte a guest page: code was translated from it */
     uint64_t code_page_count;
+    uint64_t *regs;          /* RAX, RCX, RDX; null: RDTSC goes to Python */
+    uint64_t *eflags;
+    uint64_t *tsc_aux;
+    int64_t rdtsc_cost;      /* ns */
+    int64_t tsc_khz;         /* the machine's counter; 0: RDTSC goes to Python */
+    int64_t tsc_epoch;       /* CLOCK_MONOTONIC when the machine's time was 0, ns; negative: time is cells[0] */
+    uint64_t tsc_last;       /* what any CPU has seen of the machine's counter: nobody's is behind that */
+    uint64_t tsc_ratio, tsc_offset; /* the running vCPU's: 48 fraction bits, then this added */
 } budget;
 
 typedef struct {
@@ -36,7 +45,8 @@ typedef struct {
     uint16_t icount, size;
 } block;
 
-enum { RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c, INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, EXECUTE = 4 };
+enum { RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
+enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, EXECUTE = 4 };
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
@@ -56,18 +66,67 @@ static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
     }
 }
 
+/* The first bytes of the instruction at RIP, as many of three as lie in its page. */
+static void fetch_code(budget *b, void *uc)
+{
+    uint64_t linear = *b->hflags & CS64 ? *b->eip : (uint32_t)(*b->eip + *b->cs_base);
+    size_t left = 4096 - (linear & 4095);
+    b->code = 0;
+    if (b->fetch(uc, linear, EXECUTE, &b->code, left < 3 ? left : 3))
+        b->code = 0;
+}
+
+static int64_t time_now(const budget *b)
+{
+#ifdef __linux__
+    struct timespec ts;
+    if (b->tsc_epoch >= 0) {
+        clock_gettime(CLOCK_MONOTONIC, &ts);
+        return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec - b->tsc_epoch;
+    }
+#endif
+    return b->cells[0];
+}
+
+/* RDTSC or RDTSCP without prefixes, not single-stepped; whether that was it. */
+static int answer_rdtsc(budget *b, void *uc)
+{
+    uint64_t tsc, next, length;
+    if (*b->eflags & TF)
+        return 0;
+    fetch_code(b, uc);
+    if ((b->code & 0xffff) == 0x310f)
+        length = 2;
+    else if ((b->code & 0xffffff) == 0xf9010f)
+        length = 3;
+    else
+        return 0;
+    b->cells[0] += b->rdtsc_cost;
+    tsc = (uint64_t)((unsigned __int128)time_now(b) * (uint64_t)b->tsc_khz / 1000000);
+    if (tsc < b->tsc_last)
+        tsc = b->tsc_last;
+    b->tsc_last = tsc;
+    tsc = (uint64_t)((unsigned __int128)tsc * b->tsc_ratio >> 48) + b->tsc_offset;
+    b->regs[0] = (uint32_t)tsc;
+    b->regs[2] = tsc >> 32;
+    if (length == 3)
+        b->regs[1] = (uint32_t)*b->tsc_aux;
+    next = *b->eip + length;
+    *b->eip = *b->hflags & CS64 ? next : (uint32_t)next;
+    *b->hflags &= ~(uint32_t)INHIBIT_IRQ;
+    if (b->cells[0] >= b->cells[1])
+        b->stop(uc);
+    return 1;
+}
+
 /* Hand an exit to Python. The bytes of instructions that have one length, prefixes apart, come along. */
 static void report(budget *b, void *uc, uint32_t number)
 {
     PyGILState_STATE state;
     PyObject *argument, *result;
     b->code = 0;
-    if (b->eip && (number == CPUID || number == MSR || number == RDTSC || number == HLT)) {
-        uint64_t linear = *b->hflags & CS64 ? *b->eip : (uint32_t)(*b->eip + *b->cs_base);
-        size_t left = 4096 - (linear & 4095);
-        if (b->fetch(uc, linear, EXECUTE, &b->code, left < 3 ? left : 3))
-            b->code = 0;
-    }
+    if (b->eip && (number == CPUID || number == MSR || number == RDTSC || number == HLT))
+        fetch_code(b, uc);
     state = PyGILState_Ensure();
     argument = PyLong_FromUnsignedLong(number);
     result = argument ? PyObject_CallFunctionObjArgs(b->interrupt, argument, NULL) : NULL;
@@ -97,6 +156,8 @@ static void on_interrupt(void *uc, uint32_t number, void *data)
             return;
         b->ple_first = end;
     }
+    if (number == RDTSC && b->tsc_khz && answer_rdtsc(b, uc))
+        return;
     report(b, uc, number);
 }
 

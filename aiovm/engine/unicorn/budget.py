@@ -5,6 +5,8 @@ Rules (both hooks follow them; tests compare them):
 * Time is charged when a block starts, ``size`` code bytes at ``rate``/256 ns, the fraction carried along. The limit is
   tested first, and nothing is charged when the slice stops or when the core is about to leave before the block:
   so overshoot stays below one block, and neither caches nor translation history can be seen in the time.
+* With a machine's counter given (:meth:`Budget.serve_tsc`), the C hook answers RDTSC and RDTSCP by itself, as the port
+  would (:mod:`aiovm.tsc`); forms with prefixes and single steps go to Python.
 * A PAUSE costs ``pause_cost`` and is stepped over. At CPL 0, PAUSEs closer than ``ple_gap`` (end of one to start of the
   next) belong to one loop; when a loop has lasted longer than ``ple_window`` the pause-loop exit is reported and a
   new loop begins (SDM vol. 3C, 25.1.3; the sheet *halt-and-spin* §2).
@@ -15,11 +17,12 @@ Rules (both hooks follow them; tests compare them):
 from __future__ import annotations
 
 import ctypes
+import sys
 from ctypes import c_int64, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.unicorn import lib
-from aiovm.engine.unicorn.layout import Hf, Intercept
+from aiovm.engine.unicorn.layout import MSRS, SEGMENT_SIZE, Env, Hf, Intercept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +35,9 @@ except ImportError:  # no compiler when the package was installed
 __all__ = ["NATIVE", "Budget", "BudgetStruct"]
 
 NATIVE: Final[bool] = _budget is not None
+
+_TSC_AUX: Final = 0xC000_0103
+_KNOWS_MONOTONIC: Final = sys.platform == "linux"
 
 PAUSE: Final = 0x100 + Intercept.PAUSE
 
@@ -61,6 +67,15 @@ class BudgetStruct(ctypes.Structure):
         ("translate", c_void_p),
         ("code_pages", c_void_p),
         ("code_page_count", c_uint64),
+        ("regs", c_void_p),
+        ("eflags", c_void_p),
+        ("tsc_aux", c_void_p),
+        ("rdtsc_cost", c_int64),
+        ("tsc_khz", c_int64),
+        ("tsc_epoch", c_int64),
+        ("tsc_last", c_uint64),
+        ("tsc_ratio", c_uint64),
+        ("tsc_offset", c_uint64),
     )
     if TYPE_CHECKING:
         rate: int
@@ -73,6 +88,12 @@ class BudgetStruct(ctypes.Structure):
         ple_first: int
         ple_last: int
         code: int
+        rdtsc_cost: int
+        tsc_khz: int
+        tsc_epoch: int
+        tsc_last: int
+        tsc_ratio: int
+        tsc_offset: int
 
 
 class _Block(ctypes.Structure):
@@ -84,9 +105,9 @@ class _Block(ctypes.Structure):
 class Budget:
     """One engine's budget. ``native`` chooses the C hook; ``interrupt`` is Python's exit handler.
 
-    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``eip``, ``hflags`` and ``cs_base``
-    are addresses inside the core (0 on the public path, where exits always go to Python). ``memory_end``: the first
-    address above RAM.
+    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending`` and ``env`` are addresses inside the
+    core: its pending exit and its CPU state (0 on the public path, where exits always go to Python). ``memory_end``:
+    the first address above RAM.
     """
 
     def __init__(
@@ -96,9 +117,7 @@ class Budget:
         native: bool,
         interrupt: Callable[[int], None],
         pending: int,
-        eip: int,
-        hflags: int,
-        cs_base: int,
+        env: int,
         memory_end: int,
     ) -> None:
         self.native = native
@@ -108,9 +127,14 @@ class Budget:
         s = self.struct = BudgetStruct()
         s.cells = ctypes.addressof(ctypes.c_char.from_buffer(cells))
         s.exit_pending = pending or ctypes.addressof(self._quiet)
-        s.eip = eip or None
-        s.hflags = hflags or None
-        s.cs_base = cs_base or None
+        if env:
+            s.eip = env + Env.EIP
+            s.hflags = env + Env.HFLAGS
+            s.cs_base = env + Env.SEGS + SEGMENT_SIZE + 8
+            s.regs = env
+            s.eflags = env + Env.EFLAGS
+            s.tsc_aux = env + MSRS[_TSC_AUX]
+        s.tsc_epoch = -1
         s.stop = lib.address_of(lib.uc_emu_stop)
         s.ple_window = -1
         #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`.
@@ -131,14 +155,26 @@ class Budget:
             assert size == ctypes.sizeof(BudgetStruct)
         else:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
-            self._eip = ctypes.c_uint64.from_address(eip) if eip else None
-            self._hflags = ctypes.c_uint32.from_address(hflags) if hflags else None
+            self._eip = ctypes.c_uint64.from_address(env + Env.EIP) if env else None
+            self._hflags = ctypes.c_uint32.from_address(env + Env.HFLAGS) if env else None
             self._block_twin = lib.HOOK_BLOCK_T(self._twin_block)
             self._interrupt_twin = lib.HOOK_INTR_T(self._twin_interrupt)
             self.on_block = lib.address_of(self._block_twin)
             self.on_interrupt = lib.address_of(self._interrupt_twin)
             self._translate_twin = lib.HOOK_EDGE_T(self._twin_translate)
             self.on_translate = lib.address_of(self._translate_twin)
+
+    def serve_tsc(self, khz: int, cost: int, epoch: int | None) -> None:
+        """The machine's counter runs at ``khz``; an RDTSC costs ``cost`` ns.
+
+        ``epoch``: on the wall clock, ``time.monotonic_ns()`` at the machine's time 0; else time is ``cells[0]``. Only
+        where the C hook knows that clock; elsewhere Python goes on answering.
+        """
+        s = self.struct
+        if s.regs and (epoch is None or _KNOWS_MONOTONIC):
+            s.tsc_khz = khz
+            s.rdtsc_cost = cost
+            s.tsc_epoch = -1 if epoch is None else epoch
 
     def cover(self, memory_end: int) -> None:
         """Watch for code up to ``memory_end``; what was known is forgotten."""

@@ -38,7 +38,6 @@ from aiovm.engine.unicorn.layout import (
     EFER_MSR,
     ENV_END,
     MSRS,
-    SEGMENT_SIZE,
     UC_CPU,
     UC_NO_EXIT_REQUEST,
     VIRQ_BYTE,
@@ -108,6 +107,8 @@ class UnicornContext:
         #: Budget state of this vCPU while another one is loaded: frac, ple_first, ple_last.
         self.carried = (0, 0, 0)
         self.ple_window = -1
+        #: Ratio and offset of the guest's TSC.
+        self.tsc = (0, 0)
         self.reset(init=False)
 
     @property
@@ -177,6 +178,11 @@ class UnicornContext:
         self.nmi_window = wanted
         if self.engine.current is self:
             self.engine.apply_windows(self)
+
+    def set_tsc(self, ratio: int, offset: int) -> None:
+        self.tsc = (ratio, offset)
+        if self.engine.current is self:
+            self.engine.load_tsc(self)
 
     def flush_tlb(self) -> None:
         self._state.paging_changed = True
@@ -258,9 +264,7 @@ class UnicornEngine:
             native=self.native,
             interrupt=self.intercepts.on_interrupt,
             pending=self._pending_at,
-            eip=self._env + Env.EIP if self.pointers else 0,
-            hflags=self._env + Env.HFLAGS if self.pointers else 0,
-            cs_base=self._env + Env.SEGS + SEGMENT_SIZE + 8 if self.pointers else 0,
+            env=self._env if self.pointers else 0,
             memory_end=max((slot.end for slot in memory.map.slots), default=0),
         )
         self.budget.struct.rate = costs.code_rate
@@ -458,6 +462,7 @@ class UnicornEngine:
         s = self.budget.struct
         s.frac, s.ple_first, s.ple_last = context.carried
         s.ple_window = context.ple_window
+        self.load_tsc(context)
         if not self.pointers:
             lib.check(lib.uc_context_restore(self._uc, self._context), "restore")
         if _paging_key(context.state) != self._tlb_of:
@@ -475,6 +480,24 @@ class UnicornEngine:
         s = self.budget.struct
         context.carried = (s.frac, s.ple_first, s.ple_last)
         self.current = None
+
+    def load_tsc(self, context: UnicornContext) -> None:
+        """The loaded vCPU's TSC moved."""
+        s = self.budget.struct
+        s.tsc_ratio, s.tsc_offset = context.tsc
+
+    def serve_tsc(self, khz: int, epoch: int | None) -> None:
+        """Answer RDTSC without asking the port where that is possible: see :meth:`Budget.serve_tsc`."""
+        self.budget.serve_tsc(khz, self.costs.rdtsc_ns, epoch)
+
+    def latest_tsc(self, tsc: int) -> int:
+        """The machine's counter is ``tsc``, or what some CPU has seen of it already."""
+        s = self.budget.struct
+        last: int = s.tsc_last
+        if tsc < last:
+            return last
+        s.tsc_last = tsc
+        return tsc
 
     def read_register(self, register: int) -> int:
         """A register of the loaded vCPU by Unicorn's number."""
