@@ -15,6 +15,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from aiovm.loaders import elf
+from aiovm.loaders.checksum import check
 from aiovm.loaders.image import LoadedImage
 from aiovm.loaders.linux import HDRS, SETUP, enter
 from aiovm.loaders.symbols import Symbols
@@ -52,6 +53,8 @@ def load(request: LoadRequest) -> LoadedImage:
     (sectors,) = request.fields("B", SETUP, "setup header")
     code_at = ((sectors or 4) + 1) * _SECTOR
     setup = request.piece(SETUP, 0x11 + request.image[0x201], "setup header")
+    release = _release(request)
+    check(request, code_at, release)
     if request.unpack:
         rip, how, symbols = _load_unpacked(request, code_at)
     else:
@@ -63,7 +66,7 @@ def load(request: LoadRequest) -> LoadedImage:
         kind="bzimage",
         name=request.name,
         entry=entry,
-        summary=f"Linux {_release(request)}{how}",
+        summary=f"Linux {release}{how}",
         regions=request.ram.regions,
         symbols=symbols,
     )

@@ -7,6 +7,7 @@ import gzip
 import lzma
 import struct
 import sys
+import zlib
 
 import lz4.block
 import pytest
@@ -75,6 +76,42 @@ def test_a_damaged_payload_is_refused(codec):
     packed = bytearray(PACKED[codec])
     packed[20:40] = bytes(b ^ 0x55 for b in packed[20:40])
     assert refused(bzimage(bytes(packed))).startswith(f"damaged {codec} payload: ")
+
+
+def summed(image, *, signed=False, release=b"6.1.0-test"):
+    """As the kernel's build makes it: whole paragraphs, their count at 0x1F4, then CRC-32 that leaves no remainder."""
+    image = bytearray(image) + bytes(-(len(image) + 4) % 16)
+    image[0x3C:0x40] = (0x40).to_bytes(4, "little")
+    image[0x40:0x44] = b"PE\0\0"
+    image[0x58:0x5A] = (0x20B).to_bytes(2, "little")
+    image[0x300 : 0x300 + 32] = (release + b" (somebody) #1").ljust(32, b"\0")
+    image[0x1F4:0x1F8] = ((len(image) + 4 - 0x400) // 16).to_bytes(4, "little")
+    image += (zlib.crc32(image) ^ 0xFFFF_FFFF).to_bytes(4, "little")
+    if signed:
+        image[0x98:0x9C] = b"\x4c\xd4\xd8\0"
+        image[0xE8:0xF0] = struct.pack("<II", len(image), 1472)
+        image += bytes(1472)
+    return image
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_image_checksum_tells_any_damage(signed):
+    image = summed(bzimage(PACKED["lz4"]), signed=signed)
+    assert boot(bytes(image))[0].kind == "bzimage"
+    for at in (0x10, 0x1F9, 0x500, 0x720):
+        broken = bytearray(image)
+        broken[at] ^= 1
+        assert refused(bytes(broken)) == "damaged: the image's checksum is wrong"
+    assert refused(bytes(image[:0x710])).startswith("truncated: a kernel of ")
+
+
+def test_kernels_since_6_16_have_no_checksum():
+    image = summed(bzimage(PACKED["gzip"]), release=b"6.16.1-test")
+    image[0x10] ^= 1
+    assert boot(bytes(image))[0].kind == "bzimage"
+    image = summed(bzimage(PACKED["gzip"]), release=b"6.15.1-test")
+    image[0x10] ^= 1
+    assert refused(bytes(image)) == "damaged: the image's checksum is wrong"
 
 
 @pytest.mark.parametrize("codec", ["bzip2", "xz", "lzma", "lz4", "zstd"])
