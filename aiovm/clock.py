@@ -78,6 +78,8 @@ class Clock(Protocol):
     def try_advance(self, deadline: int) -> bool: ...
     @property
     def is_virtual(self) -> bool: ...
+    @property
+    def is_idle(self) -> bool: ...
 
 
 def new_cells() -> memoryview:
@@ -274,6 +276,11 @@ class VirtualClock:
         self.cells[0] = deadline
         return True
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is armed and nobody ready: from inside a timer's call, it is the last that can happen."""
+        return not self.ready and all(timer.callback is None for _, _, timer in self._heap)
+
     def steps(self, most: int) -> int:
         """Make up to ``most`` calls, each at its deadline, and stop when one made something ready; how many."""
         heap, cells, ready = self._heap, self.cells, self.ready
@@ -378,3 +385,8 @@ class WallClock:
     def try_advance(self, deadline: int) -> bool:
         """Whether ``deadline`` has passed."""
         return self.now() >= deadline
+
+    @property
+    def is_idle(self) -> bool:
+        """Never: in real time somebody outside may always act."""
+        return False

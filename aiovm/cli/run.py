@@ -15,7 +15,7 @@ import typer
 from aiovm.cli.console import keyboard, open_output
 from aiovm.cli.files import check_writable, write_file
 from aiovm.cli.status import OK
-from aiovm.errors import ConfigError, TimeoutExpired
+from aiovm.errors import ConfigError, DeadlockError, TimeoutExpired
 from aiovm.loaders import read_modules
 from aiovm.loop import Host, run, run_wall
 from aiovm.policy import by_name
@@ -106,8 +106,15 @@ def _run(
                 nonlocal left
                 left = task.cancel()
 
+            stalled = False
+
+            def expire() -> None:
+                nonlocal stalled
+                stalled = host.clock.is_idle
+                task.cancel()
+
             if limit is not None:
-                host.clock.call_at(limit, task.cancel)
+                host.clock.call_at(limit, expire)
             interactive = clock is _ClockName.WALL and console == "stdio"
             try:
                 with keyboard(vm.feed_console, leave) if interactive else nullcontext():
@@ -115,6 +122,8 @@ def _run(
             except asyncio.CancelledError:
                 if left:
                     return Outcome("left", OK, host.clock.now()), _statistics(vm, host)
+                if stalled:  # nothing but the limit was left to happen
+                    raise DeadlockError(f"nothing can happen any more: {vm.describe()}") from None
                 if limit is not None and host.clock.now() >= limit:
                     raise TimeoutExpired(f"the guest is not done after {timeout}: {vm.describe()}") from None
                 raise

@@ -1,7 +1,7 @@
 /*
  * Paravirtual locks: a waiter that has spun for lock_params.spin turns halts, and is kicked by hypercall.
  *
- * Not modelled: vcpu_is_preempted in the queued lock's wait (it needs the steal time area), nested contexts,
+ * Not modelled: nested contexts; vcpu_is_preempted in the queue, as Linux took it back (commit 89340d0935c9);
  * waiting with interrupts on (IF is always clear here).
  */
 #include "locks.h"

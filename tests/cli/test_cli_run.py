@@ -129,6 +129,12 @@ def test_a_guest_that_halts_for_ever_is_a_stall(aiovm, image):
     assert "vCPU 1 uninitialized at RIP 0xfff0" in line
 
 
+def test_a_stall_is_told_as_one_under_a_time_limit_too(aiovm, image):
+    status, _, lines = aiovm("run", image(HALT_FOR_EVER), "--timeout", "10s")
+    assert status == 68
+    assert one_line(lines) == "nothing can happen any more: vCPU 0 halted at RIP 0x7c02 (last exits: hlt)"
+
+
 def test_a_guest_that_never_ends_runs_into_its_time_limit(aiovm, image):
     status, out, lines = aiovm("run", image(NEVER_END), "--timeout", "1ms")
     assert (status, out) == (70, "")

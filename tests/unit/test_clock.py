@@ -44,6 +44,15 @@ def test_what_is_armed_now_runs_after_what_was_armed_for_now():
     assert seen == ["first", "second", "armed late"]
 
 
+def test_the_last_call_sees_that_nothing_else_can_happen():
+    clock, seen = VirtualClock(), []
+    clock.call_at(10, lambda: seen.append(clock.is_idle))
+    clock.call_at(20, lambda: seen.append(clock.is_idle))
+    clock.call_at(30, lambda: None).cancel()
+    drain(clock)
+    assert seen == [False, True]
+
+
 def test_a_cancelled_call_does_not_happen_and_moves_no_time():
     clock, seen = VirtualClock(), []
     timer = clock.call_at(1_000, lambda: seen.append("late"))
