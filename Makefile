@@ -27,7 +27,7 @@ demo: $(STAMP)
 	@echo "picture: out/locks.png   rows: out/locks.json"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(PYTEST_JOBS) -q
+	$(BIN)/python -m pytest -n $(PYTEST_JOBS) --dist worksteal -q
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
