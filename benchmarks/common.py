@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from aiovm import Host, Vm, guests, run
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["aiovm_seconds", "best", "qemu_seconds", "show"]
+__all__ = ["aiovm_seconds", "best", "interleaved", "qemu_seconds", "show"]
 
 QEMU = shutil.which("qemu-system-x86_64")
 
@@ -23,6 +24,12 @@ QEMU = shutil.which("qemu-system-x86_64")
 def best(measure: Callable[[], float], rounds: int = 3) -> float:
     """The least of some measurements: noise only ever adds."""
     return min(measure() for _ in range(rounds))
+
+
+def interleaved(*measures: Callable[[], float], rounds: int = 9) -> list[float]:
+    """The median of each measurement, taken in turns: a machine that is slower for a while is slower for all."""
+    found = [[measure() for measure in measures] for _ in range(rounds)]
+    return [median(column) for column in zip(*found, strict=True)]
 
 
 def aiovm_seconds(guest: str, cmdline: str, *, vcpus: int = 1, pcpus: int = 1, beat_ns: int = 0, **options) -> float:
