@@ -30,6 +30,7 @@ __all__ = [
     "Pio",
     "Shutdown",
     "SystemEvent",
+    "TprAccess",
     "Tsc",
 ]
 
@@ -181,6 +182,17 @@ class Debug:
 
 
 @dataclass(frozen=True, slots=True)
+class TprAccess:
+    """KVM_EXIT_TPR_ACCESS: the guest loaded or stored its local APIC's TPR register; the access is done.
+
+    ``rip``: where the basic block with the access begins.
+    """
+
+    rip: int
+    is_write: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Triple fault (SDM vol. 3A, 6.15)."""
 
@@ -221,6 +233,7 @@ Exit = (
     | GuestException
     | IrqWindow
     | Debug
+    | TprAccess
     | Shutdown
     | SystemEvent
     | EngineFault

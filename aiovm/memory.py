@@ -156,8 +156,12 @@ class GuestMemory:
     def _publish(self, slots: tuple[Memslot, ...]) -> None:
         before = self.map
         self.map = before.with_slots(slots, before.generation + 1)  # odd: caches do not store
-        for listener in self._listeners:
-            listener(before, self.map)
+        try:
+            for listener in self._listeners:
+                listener(before, self.map)
+        except BaseException:  # somebody refuses: nothing has changed
+            self.map = before
+            raise
         self.map = before.with_slots(slots, before.generation + 2)
 
     # ---- access --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from aiovm.engine.base import Seg
 from aiovm.events import EventKind
 from aiovm.exits import Debug, Hlt, PauseLoop, Shutdown
 from aiovm.guest_debug import DebugControl, data_hits, instruction_hits
-from aiovm.page_walk import PagingRegs, is_canonical, translate_debug
+from aiovm.page_walk import is_canonical
 from aiovm.paravirt import HypercallNumber, decode_hypercall
 from aiovm.requests import Request
 from aiovm.segmentation import Fault
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["VcpuPort"]
 
 _M64 = (1 << 64) - 1
-_APIC_PAGE = 0x1000
+_APIC_PAGE, _TASKPRI = 0x1000, 0x80
 _IF = 0x200
 
 _X2APIC_MSRS = range(0x800, 0x900)
@@ -187,6 +187,8 @@ class VcpuPort:
         apic = vcpu.apic
         offset = gpa - apic.base_address
         if 0 <= offset < _APIC_PAGE and apic.hw_enabled and not apic.x2apic:
+            if offset == _TASKPRI and vcpu.tpr_access_reporting:
+                vcpu.report_tpr_access(is_write=False)
             return self._apic().mmio_read(offset, size, vm.clock.now())
         value = vm.mmio.read(gpa, size, vm.clock.now())
         if value is None:
@@ -200,6 +202,8 @@ class VcpuPort:
         apic = vcpu.apic
         offset = gpa - apic.base_address
         if 0 <= offset < _APIC_PAGE and apic.hw_enabled and not apic.x2apic:
+            if offset == _TASKPRI and vcpu.tpr_access_reporting:
+                vcpu.report_tpr_access(is_write=True)
             self.apply(self._apic().mmio_write(offset, size, value, vm.clock.now()))
         elif not vm.mmio.write(gpa, size, value, vm.clock.now()):
             self._unknown(gpa, value)
@@ -347,9 +351,8 @@ class VcpuPort:
     def on_stepped(self) -> None:
         """Data breakpoints, and the debugger's single step."""
         vcpu = self.vcpu
-        regs = PagingRegs.of(vcpu.context.state)
         accesses = vcpu.context.take_accesses()
-        hits = data_hits(vcpu.eff_db, accesses, lambda gva: translate_debug(self.vm.memory, regs, gva))
+        hits = data_hits(vcpu.eff_db, accesses, vcpu.arch.walk_mmu.translate_debug)
         if vcpu.guest_debug & DebugControl.SINGLESTEP:
             self._leave_debug(1, hits | _DR6_BS)
         elif hits:

@@ -168,6 +168,11 @@ class PvClock:
         """Whether a record is registered."""
         return self._s.pv_time_enabled
 
+    @property
+    def pv_time(self) -> GuestPtr | None:
+        """Where the record lies; None when none is registered."""
+        return self._pv_time
+
     def read_msr(self) -> int:
         """MSR 0x12 and 0x4B564D01: the value as it was stored, even when no record could be registered."""
         return self._s.time

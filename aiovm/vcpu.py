@@ -25,13 +25,14 @@ import asyncio
 import enum
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from aiovm.clock import FOREVER, Alarm
 from aiovm.engine.base import Seg, Segment
 from aiovm.errors import StateError
 from aiovm.events import EventQueue
-from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown
+from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown, TprAccess
 from aiovm.guest_debug import Breakpoint, DebugControl, breakpoints
 from aiovm.halt_poll import adapt, begin
 from aiovm.lapic_message import Accepted, DeliveryMode
@@ -43,6 +44,7 @@ from aiovm.smm import RESET_SMBASE
 from aiovm.spin import PleWindow, on_spin
 from aiovm.trace import Kind
 from aiovm.tsc import GuestTsc
+from aiovm.vcpu_arch import VcpuArch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,7 +68,8 @@ _WITH_WORK = sum(
     1 << request
     for request in (
         Request.VM_DEAD, Request.MASTERCLOCK_UPDATE, Request.GLOBAL_CLOCK_UPDATE, Request.CLOCK_UPDATE,
-        Request.TLB_FLUSH, Request.TLB_FLUSH_GUEST, Request.TRIPLE_FAULT, Request.APF_HALT, Request.STEAL_UPDATE,
+        Request.TLB_FLUSH, Request.TLB_FLUSH_GUEST, Request.REPORT_TPR_ACCESS, Request.TRIPLE_FAULT,
+        Request.APF_HALT, Request.STEAL_UPDATE,
         Request.SMI, Request.NMI, Request.APF_READY, Request.EVENT, Request.UNBLOCK,
     )
 )  # fmt: skip
@@ -149,6 +152,9 @@ class Vcpu:
         #: The breakpoints in force, the debugger's or the guest's.
         self.eff_db: tuple[Breakpoint, ...] = ()
         self.ia32_misc_enable_msr = 0
+        #: KVM_TPR_ACCESS_REPORTING: the guest's accesses to its TPR register leave, once they are done.
+        self.tpr_access_reporting = False
+        self._tpr_access: TprAccess | None = None
         self.pv = Paravirt(vm.memory, vm.kvmclock, vcpu_id=vcpu_id)
         self.steal = self.pv.steal
         self.ple = PleWindow()
@@ -258,6 +264,37 @@ class Vcpu:
             self.eff_db = breakpoints([state.get_dr(index) for index in range(4)], state.get_dr(7))
         self.context.watching = any(point.type for point in self.eff_db)
         self.context.stepping = bool(self.eff_db or self.guest_debug & DebugControl.SINGLESTEP)
+
+    def report_tpr_access(self, *, is_write: bool) -> None:
+        """The guest touched its TPR register, and the program wants to hear of it; from inside a slice."""
+        self._tpr_access = TprAccess(self.context.state.rip, is_write)
+        self.make_request(Request.REPORT_TPR_ACCESS)
+        self.vm.clock.lower_limit(self.vm.clock.now())
+
+    @cached_property
+    def arch(self) -> VcpuArch:
+        """The x86 part by KVM's names."""
+        return VcpuArch(self)
+
+    @property
+    def srcu_idx(self) -> int:
+        """The generation of the memory map that the running slice reads; -1 while no slice runs."""
+        return self.context.map_generation
+
+    @property
+    def fpu_active(self) -> bool:
+        """The guest may use its FPU without #NM: CR0.TS and CR0.EM are clear."""
+        return not self.context.state.cr0 & 0xC
+
+    @property
+    def guest_fpu_loaded(self) -> bool:
+        """This vCPU's FPU and SSE registers are the ones in the core; they move with the others."""
+        return self.context.is_loaded
+
+    @property
+    def guest_xcr0_loaded(self) -> bool:
+        """The guest's XCR0 governs the core: loaded, with CR4.OSXSAVE, which this CPU does not offer."""
+        return self.context.is_loaded and bool(self.context.state.cr4 & 1 << 18)
 
     def inject_smi(self) -> None:
         """KVM_SMI."""
@@ -413,6 +450,8 @@ class Vcpu:
             return Shutdown("the machine is dead")
         if check(Request.TLB_FLUSH) | check(Request.TLB_FLUSH_GUEST):
             self.context.flush_tlb()
+        if check(Request.REPORT_TPR_ACCESS) and self._tpr_access is not None:
+            return self._tpr_access
         if check(Request.TRIPLE_FAULT):
             return Shutdown()
         self.service_paravirt()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -38,7 +39,7 @@ from aiovm.lapic_map import ApicMap
 from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
 from aiovm.loaders import LoadedImage, Module, apply, load, read_modules
 from aiovm.loop import Host
-from aiovm.memory import GuestMemory
+from aiovm.memory import GuestMemory, MemoryMap
 from aiovm.panic import PanicWatch
 from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
 from aiovm.pc import Pc
@@ -171,6 +172,8 @@ class Vm:
         self._inbox: deque[Callable[[], object]] = deque()
         self._baton = asyncio.Lock()
         self._worker = None if virtual else ThreadPoolExecutor(1, f"aiovm-{self.number}")
+        self._loop_thread = threading.get_ident()
+        self.memory.on_change(self._may_change_memory)
         self.engine = UnicornEngine(
             self.memory,
             self.clock.cells if virtual else new_cells(),
@@ -412,6 +415,11 @@ class Vm:
         else:
             callback()
 
+    def _may_change_memory(self, _old: MemoryMap, _new: MemoryMap) -> None:
+        """What a slice reads in another thread stays; a device that the guest asked, in the slice itself, may."""
+        if self._slicing is not None and threading.get_ident() == self._loop_thread:
+            raise StateError("a slice reads the memory map: await vm.between_slices() before it is changed")
+
     def kick_slice(self, context: Context) -> None:
         if self._slicing is context:
             self.engine.kick()
@@ -419,6 +427,7 @@ class Vm:
             self._kicked.add(context)
 
     async def between_slices(self) -> None:
+        """Return when no slice runs, and none will before the caller waits again: memory may be changed then."""
         if self._slicing is not None:
             self.engine.kick()  # who wakes goes first, as on a busy kernel
         async with self._baton:

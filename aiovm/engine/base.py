@@ -134,6 +134,13 @@ class CpuState(Protocol):
     gdt: DescriptorTable
     idt: DescriptorTable
 
+    #: KVM's bits (the general registers by number, RIP 16, PDPTR 17, CR3 18, RFLAGS 19, SEGMENTS 20): which the engine
+    #: would not have to compute first, and which it must be handed before the guest runs.
+    @property
+    def regs_avail(self) -> int: ...
+    @property
+    def regs_dirty(self) -> int: ...
+
     @property
     def long_mode(self) -> bool:
         """64-bit code runs: EFER.LMA and CS.L."""
@@ -196,9 +203,15 @@ class Context(Protocol):
     watching: bool
     #: The pause-loop window, ns; negative: no pause-loop exits.
     ple_window: int
+    #: The generation of the memory map that the running slice reads; -1 while none runs.
+    map_generation: int
 
     @property
     def state(self) -> CpuState: ...
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the registers are in the CPU, not in a copy."""
 
     def take_accesses(self) -> Sequence[tuple[int, int, bool]]:
         """The last instruction's accesses: physical address, size, whether it was a write."""

@@ -114,6 +114,7 @@ class ModelContext:
         "index",
         "interrupt_shadow",
         "lock_state",
+        "map_generation",
         "ple_window",
         "random",
         "rflags",
@@ -128,6 +129,7 @@ class ModelContext:
         self.alarm = Alarm(clock)
         #: ns; below 0 pause-loop exiting is off.
         self.ple_window = -1
+        self.map_generation = -1
         #: 0 outside, 1 waiting for a lock, 2 holding one: what the lock guests publish to their host.
         self.lock_state = 0
         #: ns spent in spin loops, see :meth:`settle`.

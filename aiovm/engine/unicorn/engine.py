@@ -107,6 +107,7 @@ class UnicornContext:
         #: Budget state of this vCPU while another one is loaded: frac, ple_first, ple_last.
         self.carried = (0, 0, 0)
         self.ple_window = -1
+        self.map_generation = -1
         #: Ratio and offset of the guest's TSC.
         self.tsc = (0, 0)
         self.reset(init=False)
@@ -115,6 +116,10 @@ class UnicornContext:
     def state(self) -> EnvState:
         """The registers, wherever they are."""
         return self._state
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.engine.current is self
 
     def bind(self, where: memoryview) -> None:
         """The engine moved the registers."""
@@ -566,12 +571,14 @@ class UnicornEngine:
             return Interrupted()
         if context.stepping is not self.stepping:
             self._set_stepping(context.stepping)
+        context.map_generation = self.memory.map.generation
         if context.stepping:
             error = self._step(context)
         else:
             if self._watches:
                 self._watch(False)
             error = self._enter(context) if self.pointers else self._enter_public(context)
+        context.map_generation = -1
         self._kicked = False
         if error in _FETCH_ERRORS and self._failure is None:
             # Nothing to execute from: a bus that nobody drives reads all ones, and FF FF is no instruction.

@@ -35,6 +35,8 @@ _EFER = Env.EFER >> 3
 _CR0_PAGING = 0x8001_0001
 _CS_FLAGS = _SEGMENT_AT[Seg.CS] + 20 >> 2
 _SS_FLAGS = _SEGMENT_AT[Seg.SS] + 20 >> 2
+#: KVM's register bits: CR3, RFLAGS, and all of them.
+_CR3, _RFLAGS, _ALL_REGS = 1 << 18, 1 << 19, (1 << 21) - 1
 #: Bit 1 of a task-state segment's type.
 _BUSY = 0x200
 _BASES = tuple(_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
@@ -71,6 +73,14 @@ class EnvState:
     @rip.setter
     def rip(self, value: int) -> None:
         self.q[_EIP] = value & _M64
+
+    @property
+    def regs_avail(self) -> int:
+        return _ALL_REGS if self.d[Env.CC_OP >> 2] == _CC_OP_EFLAGS else _ALL_REGS & ~_RFLAGS
+
+    @property
+    def regs_dirty(self) -> int:
+        return (_RFLAGS if self.flags_changed else 0) | (_CR3 if self.paging_changed else 0)
 
     @property
     def rflags(self) -> int:
