@@ -3,12 +3,27 @@
  * crosses into Python only when its pause-loop window closes. RDTSC and RDTSCP are answered here: guests that wait
  * or gather entropy execute millions of them. Python holds the same rules; both stop at the same blocks.
  *
+ * Also here, and without a twin because no guest can see it: data accesses fill the TLB without the right to execute
+ * where a page holds no code. The core sends every store to a page that may be executed through its slow path.
+ *
  * No third-party header: Unicorn's functions come as addresses in the shared structure. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <time.h>
+
+typedef bool tlb_filler(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from);
+
+struct tlb_table {
+    uint64_t mask;           /* (entries - 1) * 64 */
+    char *entries;
+};
+
+typedef struct {
+    uint64_t read, write, code, physical, host, unused[3];
+} tlb_entry;
 
 typedef struct {
     volatile int64_t *cells; /* now, limit: ns */
@@ -38,7 +53,15 @@ typedef struct {
     int64_t tsc_epoch;       /* CLOCK_MONOTONIC when the machine's time was 0, ns; negative: time is cells[0] */
     uint64_t tsc_last;       /* what any CPU has seen of the machine's counter: nobody's is behind that */
     uint64_t tsc_ratio, tsc_offset; /* the running vCPU's: 48 fraction bits, then this added */
+    int (*start)(void *, uint64_t, uint64_t, uint64_t, size_t);
+    void *cpu;               /* the core's CPUState; null: its TLB is left alone */
+    struct tlb_table *tlb;   /* the core's TLB, a table for each of its MMU modes */
+    void (*flush_tlb)(void *);
 } budget;
+
+/* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
+static _Thread_local budget *running;
+static tlb_filler *core_fill;
 
 typedef struct {
     uint64_t pc;
@@ -177,18 +200,60 @@ static void on_translate(void *uc, block *now, block *before, void *data)
         mark(data, uc, now->pc + now->size - 1);
 }
 
-static PyObject *addresses(PyObject *self, PyObject *unused)
+/* The core's page walk, and then: a page without code is not executable for data's sake. The first fetch from a page
+ * makes it one with code, and whatever is known of it under other addresses is forgotten. */
+static bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from)
+{
+    enum { FETCH = 2, NEVER = -1 };
+    budget *b = running;
+    struct tlb_table *table;
+    tlb_entry *entry;
+    uint64_t page;
+    if (!core_fill(cpu, address, size, access, mmu, probe, from))
+        return false;
+    if (!b || b->cpu != cpu)
+        return true;
+    table = &b->tlb[mmu];
+    entry = (tlb_entry *)(table->entries + (address >> 6 & table->mask));
+    page = entry->physical >> 12;
+    if (page >= b->code_page_count)
+        return true;
+    if (access == FETCH && !b->code_pages[page]) {
+        b->code_pages[page] = 1;
+        b->flush_tlb(cpu);
+        return core_fill(cpu, address, size, access, mmu, probe, from);
+    }
+    if (access != FETCH && !b->code_pages[page])
+        entry->code = NEVER;
+    return true;
+}
+
+/* uc_emu_start for the slice of this budget. */
+static int enter(budget *b, void *uc, uint64_t rip, size_t count)
+{
+    int error;
+    running = b;
+    error = b->start(uc, rip, 0, 0, count);
+    running = NULL;
+    return error;
+}
+
+static PyObject *addresses(PyObject *self, PyObject *fill)
 {
     (void)self;
-    (void)unused;
-    return Py_BuildValue("(KKKn)", (unsigned long long)(uintptr_t)on_block,
+    core_fill = (tlb_filler *)(uintptr_t)PyLong_AsUnsignedLongLong(fill);
+    if (PyErr_Occurred())
+        return NULL;
+    return Py_BuildValue("(KKKKKn)", (unsigned long long)(uintptr_t)on_block,
                          (unsigned long long)(uintptr_t)on_interrupt, (unsigned long long)(uintptr_t)on_translate,
+                         (unsigned long long)(uintptr_t)on_fill, (unsigned long long)(uintptr_t)enter,
                          (Py_ssize_t)sizeof(budget));
 }
 
 static PyMethodDef methods[] = {
-    {"addresses", addresses, METH_NOARGS,
-     "The addresses of the three hooks (block, interrupt, translation), and the size of the structure they share."},
+    {"addresses", addresses, METH_O,
+     "With the address of the core's page walk: the addresses of the three hooks (block, interrupt, translation), of the "
+     "page walk's cover and of the slice's entry, and the size of the structure they share."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -11,6 +11,11 @@ Rules (both hooks follow them; tests compare them):
   next) belong to one loop; when a loop has lasted longer than ``ple_window`` the pause-loop exit is reported and a
   new loop begins (SDM vol. 3C, 25.1.3; the sheet *halt-and-spin* §2).
 
+* A page that holds no code is filled into the TLB without the right to execute when data is what it is wanted for:
+  the core would send each store to an executable page through a slow path, four to twenty times as long. The C hook
+  does so by standing before the core's page walk (:meth:`Budget.spare_stores`); guests cannot see it, so there is no
+  twin.
+
 ``NATIVE`` says whether the C extension was built.
 """
 
@@ -18,11 +23,25 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import c_int64, c_uint64, c_void_p
+from ctypes import c_int, c_int64, c_size_t, c_uint64, c_void_p
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.unicorn import lib
-from aiovm.engine.unicorn.layout import MSRS, SEGMENT_SIZE, Env, Hf, Intercept
+from aiovm.engine.unicorn.layout import (
+    CLASS_TLB_FILL,
+    CPU_CLASS,
+    CPU_TLB,
+    MMU_MODES,
+    MSRS,
+    SEGMENT_SIZE,
+    TLB_CODE,
+    TLB_ENTRY_BITS,
+    Env,
+    Hf,
+    Intercept,
+)
+from aiovm.memory import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +95,10 @@ class BudgetStruct(ctypes.Structure):
         ("tsc_last", c_uint64),
         ("tsc_ratio", c_uint64),
         ("tsc_offset", c_uint64),
+        ("start", c_void_p),
+        ("cpu", c_void_p),
+        ("tlb", c_void_p),
+        ("flush_tlb", c_void_p),
     )
     if TYPE_CHECKING:
         rate: int
@@ -94,6 +117,15 @@ class BudgetStruct(ctypes.Structure):
         tsc_last: int
         tsc_ratio: int
         tsc_offset: int
+
+
+class _TlbTable(ctypes.Structure):
+    """``CPUTLBDescFast``."""
+
+    _fields_ = (("mask", c_uint64), ("entries", c_uint64))
+    if TYPE_CHECKING:
+        mask: int
+        entries: int
 
 
 class _Block(ctypes.Structure):
@@ -151,7 +183,10 @@ class Budget:
                 raise ConfigError(
                     "the native block hook is not built: install with a C compiler, or use the Python twin"
                 )
-            self.on_block, self.on_interrupt, self.on_translate, size = _budget.addresses()
+            s.start = lib.address_of(lib.uc_emu_start)
+            fill = lib.internal("x86_cpu_tlb_fill_x86_64")
+            hooks = _budget.addresses(fill)
+            self.on_block, self.on_interrupt, self.on_translate, self._on_fill, self._enter, size = hooks
             assert size == ctypes.sizeof(BudgetStruct)
         else:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
@@ -163,6 +198,14 @@ class Budget:
             self.on_interrupt = lib.address_of(self._interrupt_twin)
             self._translate_twin = lib.HOOK_EDGE_T(self._twin_translate)
             self.on_translate = lib.address_of(self._translate_twin)
+
+    def entry(self, uc: c_void_p, *, release_gil: bool) -> Callable[[int, int], int]:
+        """What runs the core's code from an address, so many instructions or, with 0, until a hook stops it."""
+        if self.native:
+            prototype = ctypes.CFUNCTYPE if release_gil else ctypes.PYFUNCTYPE
+            return partial(prototype(c_int, c_void_p, c_void_p, c_uint64, c_size_t)(self._enter), self.address, uc)
+        start = lib.uc_emu_start if release_gil else lib.uc_emu_start_holding
+        return lambda rip, count: start(uc, rip, 0, 0, count)
 
     def serve_tsc(self, khz: int, cost: int, epoch: int | None) -> None:
         """The machine's counter runs at ``khz``; an RDTSC costs ``cost`` ns.
@@ -177,13 +220,30 @@ class Budget:
             s.tsc_epoch = -1 if epoch is None else epoch
 
     def cover(self, memory_end: int) -> None:
-        """Watch for code up to ``memory_end``; what was known is forgotten."""
-        self.code_pages = bytearray(max(1, memory_end >> 12))
+        """Watch for code up to ``memory_end``. Until :meth:`forget_code` any page may hold some."""
+        self.code_pages = bytearray(b"\1") * max(1, memory_end >> 12)
         self.struct.code_pages = ctypes.addressof(ctypes.c_char.from_buffer(self.code_pages))
         self.struct.code_page_count = len(self.code_pages)
 
+    def spare_stores(self, cpu: int, seen: int) -> None:
+        """Let data accesses fill the TLB of the core at ``cpu`` without the right to execute (the C hook alone).
+
+        ``seen``: an address whose code has just run. Its TLB entry proves that the core is laid out as we believe.
+        """
+        if not self.native:
+            return
+        tables = (_TlbTable * MMU_MODES).from_address(cpu + CPU_TLB)
+        entries = [t.entries + (seen >> 12 - TLB_ENTRY_BITS & t.mask) for t in tables]
+        codes = [ctypes.c_uint64.from_address(entry + TLB_CODE).value for entry in entries]
+        fills = (ctypes.c_uint64 * 2).from_address(ctypes.c_uint64.from_address(cpu + CPU_CLASS).value + CLASS_TLB_FILL)
+        if seen & -PAGE in codes and list(fills) == [lib.internal("x86_cpu_tlb_fill_x86_64")] * 2:
+            self.struct.tlb = cpu + CPU_TLB
+            self.struct.flush_tlb = lib.internal("tlb_flush_x86_64")
+            self.struct.cpu = cpu
+            fills[0] = self._on_fill
+
     def forget_code(self) -> None:
-        """Every translation was thrown away."""
+        """Every translation was thrown away, of code and of addresses."""
         ctypes.memset(self.struct.code_pages, 0, len(self.code_pages))
 
     def _twin_translate(self, uc: int, now: int, _before: int, _user: int) -> None:

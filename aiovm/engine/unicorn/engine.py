@@ -256,7 +256,6 @@ class UnicornEngine:
         self._watching_rom = False
         #: The paging registers for which the TLB's contents hold; vCPUs that share them share it.
         self._tlb_of: tuple[int, int, int, int] | None = None
-        self._emu_start = lib.uc_emu_start if release_gil else lib.uc_emu_start_holding
         self._keep: list[object] = []
         self._watches: list[ctypes.c_size_t] = []
         self._on_access = lib.HOOK_ACCESS_T(self._note_access)
@@ -275,6 +274,7 @@ class UnicornEngine:
         self.budget.struct.rate = costs.code_rate
         self.budget.struct.pause_cost = costs.pause_ns
         self.budget.struct.ple_gap = PLE_GAP_CYCLES * 1_000_000 // costs.tsc_khz
+        self._emu_start = self.budget.entry(self._uc, release_gil=release_gil)
         self._hook()
         self._prime()
         memory.on_change(self._remap)
@@ -375,6 +375,8 @@ class UnicornEngine:
         lib.check(lib.uc_emu_start(self._uc, _VMCB + _LOOP, 0, 0, 0), "run the first block")
         struct.rate, struct.frac, struct.stops = rate, 0, 0
         cells[0], cells[1] = now, limit
+        if self.pointers:
+            self.budget.spare_stores(self._env - CPU_TO_ENV, _VMCB + _LOOP)
 
     # ---- memory ------------------------------------------------------------------------------------------------
 
@@ -553,9 +555,7 @@ class UnicornEngine:
         self.load(context)
         state = context.state
         if self._dirty_code:
-            self._dirty_code = False
-            self.budget.forget_code()
-            lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
+            self._flush_code()
         if state.paging_changed:
             self.sync_out()
             self.flush_tlb(context)
@@ -588,14 +588,14 @@ class UnicornEngine:
 
     def _enter(self, context: UnicornContext, count: int = 0) -> int:
         """Guest code runs, ``count`` instructions if it is not 0; the core's error number."""
-        return int(self._emu_start(self._uc, context.state.q[_EIP], 0, 0, count))
+        return self._emu_start(context.state.q[_EIP], count)
 
     def _set_stepping(self, wanted: bool) -> None:
         """Counted instructions need the exit checks that :data:`UC_NO_EXIT_REQUEST` leaves out of translations."""
         self.stepping = wanted
         if self.pointers:
             self._no_exit_request.value = 0 if wanted else 1
-        lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
+        self._flush_code()
 
     def _watch(self, wanted: bool) -> None:
         """Have the core report accesses to memory, or no longer: translations carry the choice."""
@@ -610,7 +610,14 @@ class UnicornEngine:
             self._watches.clear()
         else:
             return
+        self._flush_code()
+
+    def _flush_code(self) -> None:
+        """Forget every translation of code, and with it where code is."""
+        self._dirty_code = False
+        self.budget.forget_code()
         lib.uc_ctl_0(self._uc, lib.CTL_TB_FLUSH)
+        lib.uc_ctl_0(self._uc, lib.CTL_TLB_FLUSH)
 
     def _note_access(self, _uc: int, kind: int, gpa: int, size: int, _value: int, _user: int) -> None:
         assert self.current is not None

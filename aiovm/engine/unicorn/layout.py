@@ -20,6 +20,14 @@ CPU_INTERRUPT_REQUEST: Final = 0x1C
 CPU_ENV: Final = 0x128
 CPU_ICOUNT_DECR: Final = 0x130
 CPU_TO_ENV: Final = 0x8A50
+#: Pointer to the CPUClass, whose pair of page walks (in use, the CPU's own) is at CLASS_TLB_FILL.
+CPU_CLASS: Final = 0x81B0
+CLASS_TLB_FILL: Final = 0x48
+#: The TLB's tables: (mask, entries) for each MMU mode; an entry is 64 bytes, with the address for fetches at TLB_CODE.
+CPU_TLB: Final = CPU_TO_ENV - 0x40
+MMU_MODES: Final = 3
+TLB_ENTRY_BITS: Final = 6
+TLB_CODE: Final = 16
 #: Byte 1 of interrupt_request: CPU_INTERRUPT_VIRQ (0x100), the interrupt window, and CPU_INTERRUPT_NMI (0x200).
 VIRQ_BYTE: Final = 1
 

@@ -27,6 +27,7 @@ __all__ = [
     "const",
     "ctl",
     "hook_add",
+    "internal",
     "words",
     "x86",
 ]
@@ -120,6 +121,14 @@ def address_of(callback: ctypes._FuncPointer) -> int:
     value = ctypes.cast(callback, c_void_p).value
     assert value is not None
     return value
+
+
+def internal(name: str) -> int:
+    """The address of a function of the core's own, which the library exports beside its API; 0 where it does not."""
+    try:
+        return address_of(raw[name])
+    except AttributeError:
+        return 0
 
 
 def words(error: int) -> str:
