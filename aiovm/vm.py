@@ -26,6 +26,7 @@ from aiovm.acpi import Board, MmioDevice, write_tables
 from aiovm.bus import Bus
 from aiovm.clock import Timer, VirtualClock, new_cells
 from aiovm.console import Console
+from aiovm.control import MAXPHYADDR
 from aiovm.cpuid import CpuidTable
 from aiovm.devices.debug_exit import DebugExit
 from aiovm.devices.virtio.slots import virtio_slots
@@ -183,6 +184,7 @@ class Vm:
             release_gil=not virtual,
         )
         self.engine.serve_tsc(self.tsc_khz, None if isinstance(self.clock, VirtualClock) else self.clock.base_ns)
+        self.engine.serve_cr3(MAXPHYADDR)
         self.cpuid = CpuidTable(vcpus=vcpus, tsc_khz=self.tsc_khz, features=features)
         self.kvmclock = KvmClock(host_khz=self.tsc_khz, now=self.clock.now())
         self.lapics = [Lapic(i, bsp=i == 0, maxphyaddr=40) for i in range(vcpus)]

@@ -15,9 +15,8 @@ gate of the interrupt line. A receiver overrun happens in loopback only, since t
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,63 +33,66 @@ _ERRORS_SHIFT = 8
 _BAUD_BASE = 115_200
 _DLAB = 0x80
 
+# The registers' bits are plain integers: a kernel's console polls and writes tens of thousands of them, and arithmetic
+# on enum.IntFlag costs a microsecond an operation.
 
-class Ier(enum.IntFlag):
+
+class Ier:
     """Interrupt enable, register 1."""
 
-    RECEIVED = 1
-    TRANSMITTER_EMPTY = 2
-    LINE_STATUS = 4
-    MODEM_STATUS = 8
+    RECEIVED: Final = 1
+    TRANSMITTER_EMPTY: Final = 2
+    LINE_STATUS: Final = 4
+    MODEM_STATUS: Final = 8
 
 
-class Iir(enum.IntEnum):
+class Iir:
     """Interrupt identification, register 2 (data sheet, table IV)."""
 
-    MODEM_STATUS = 0x0
-    NONE = 0x1
-    TRANSMITTER_EMPTY = 0x2
-    RECEIVED = 0x4
-    LINE_STATUS = 0x6
-    TIMEOUT = 0xC
+    MODEM_STATUS: Final = 0x0
+    NONE: Final = 0x1
+    TRANSMITTER_EMPTY: Final = 0x2
+    RECEIVED: Final = 0x4
+    LINE_STATUS: Final = 0x6
+    TIMEOUT: Final = 0xC
 
 
-class Fcr(enum.IntFlag):
+class Fcr:
     """FIFO control, register 2."""
 
-    ENABLE = 1
-    CLEAR_RECEIVER = 2
-    CLEAR_TRANSMITTER = 4
+    ENABLE: Final = 1
+    CLEAR_RECEIVER: Final = 2
+    CLEAR_TRANSMITTER: Final = 4
 
 
-class Mcr(enum.IntFlag):
+class Mcr:
     """Modem control, register 4."""
 
-    DTR = 1
-    RTS = 2
-    OUT1 = 4
-    OUT2 = 8
-    LOOP = 16
+    DTR: Final = 1
+    RTS: Final = 2
+    OUT1: Final = 4
+    OUT2: Final = 8
+    LOOP: Final = 16
 
 
-class Lsr(enum.IntFlag):
+class Lsr:
     """Line status, register 5."""
 
-    DATA_READY = 0x01
-    OVERRUN = 0x02
-    BREAK = 0x10
-    THR_EMPTY = 0x20
-    TRANSMITTER_EMPTY = 0x40
-    FIFO_ERROR = 0x80
+    DATA_READY: Final = 0x01
+    OVERRUN: Final = 0x02
+    BREAK: Final = 0x10
+    THR_EMPTY: Final = 0x20
+    TRANSMITTER_EMPTY: Final = 0x40
+    FIFO_ERROR: Final = 0x80
 
 
-class Msr(enum.IntFlag):
+class Msr:
     """Modem status, register 6: the lines; four bits below each of them is "it changed" (RI: "it ended")."""
 
-    CTS = 0x10
-    DSR = 0x20
-    RI = 0x40
-    DCD = 0x80
+    CTS: Final = 0x10
+    DSR: Final = 0x20
+    RI: Final = 0x40
+    DCD: Final = 0x80
 
 
 @dataclass(slots=True)
@@ -140,7 +142,7 @@ class Uart16550:
                 return s.ier
             case 2:
                 source = self._source()
-                if source is Iir.TRANSMITTER_EMPTY:
+                if source == Iir.TRANSMITTER_EMPTY:
                     s.empty_event = False
                     self._sync_irq()
                 return source | (0xC0 if s.fcr & Fcr.ENABLE else 0)
@@ -242,7 +244,7 @@ class Uart16550:
         self._send()
         self._sync_irq()
 
-    def set_modem(self, lines: Msr) -> None:
+    def set_modem(self, lines: int) -> None:
         """Drive CTS, DSR, RI and DCD."""
         before = self._modem_lines()
         self._s.modem = lines
@@ -352,8 +354,10 @@ class Uart16550:
         changed = (before ^ after) & (Msr.CTS | Msr.DSR | Msr.DCD) | before & ~after & Msr.RI
         self._s.deltas |= changed >> 4
 
-    def _source(self) -> Iir:
+    def _source(self) -> int:
         s = self._s
+        if not s.ier:
+            return Iir.NONE
         if s.ier & Ier.LINE_STATUS and (s.overrun or (s.received and s.received[0] >> _ERRORS_SHIFT)):
             return Iir.LINE_STATUS
         if s.ier & Ier.RECEIVED and s.received:
@@ -369,4 +373,4 @@ class Uart16550:
         return Iir.NONE
 
     def _sync_irq(self) -> None:
-        self._irq.set(self._source() is not Iir.NONE)
+        self._irq.set(self._source() != Iir.NONE)

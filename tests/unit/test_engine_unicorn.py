@@ -495,6 +495,53 @@ def test_a_new_cr3_takes_effect_at_once(make):
     assert m.gpr[0] == 0x5A5A
 
 
+@pytest.mark.parametrize("native", [True, False] if budget.NATIVE else [False])
+@pytest.mark.parametrize(
+    ("load", "register", "asked"),
+    [
+        ("0f22d8", 0, False),  # mov cr3, rax
+        ("0f22df", 7, False),  # mov cr3, rdi
+        ("410f22db", 11, False),  # mov cr3, r11
+        ("410f221b", 11, False),  # ModRM.mod means nothing here
+        ("66 0f22d8", 0, True),  # another prefix
+        ("48 41 0f22db", 11, True),  # two of them
+    ],
+)
+def test_the_engine_loads_cr3_by_itself(native, load, register, asked):
+    m = Machine(code(load, "90 a1 0000200000000000 f4"), native=native)  # ...; nop; mov eax, [0x200000]; hlt
+    m.engine.serve_cr3(40)
+    m.memory.write_u(DATA, 4, 0x5A5A)
+    m.memory.write(0x5000, m.memory.read(0x1000, 0x3000))
+    for at, value in ((0x5000, 0x6007), (0x6000, 0x7007), (0x7008, 0x8007), (0x8000, DATA | 7)):
+        m.memory.write_u(at, 8, value)
+    m.gpr[register] = 0x5000
+    assert m.run() == Hlt(False)
+    assert m.gpr[0] == 0x5A5A
+    assert m.state.cr3 == 0x5000
+    assert bool(m.seen("cr_write")) is (asked or not native)
+    length = len(code(load))
+    assert m.cells[0] == length // 4 + 600 + (length % 4 + 11) // 4 + 600
+    assert m.seen("hlt") == [(CODE + length + 11,)]
+    m.engine.close()
+
+
+@pytest.mark.parametrize("native", [True, False] if budget.NATIVE else [False])
+def test_a_cr3_that_is_too_wide_and_a_single_step_are_the_ports(native):
+    m = Machine(code("0f22d8 f4"), native=native)  # mov cr3, rax; hlt
+    m.engine.serve_cr3(40)
+    m.gpr[0] = 1 << 40
+    m.port.on_cr_write = lambda register, value: m.engine.leave(GuestException(13, 0)) or False
+    assert m.run() == GuestException(13, 0)
+    assert (m.state.rip, m.state.cr3) == (CODE, 0x1000)
+    del m.port.on_cr_write
+    m.gpr[0] = 0x1000
+    m.state.rflags = 0x102
+    assert m.run() == GuestException(1, None, 0)
+    assert m.seen("cr_write") == [(CODE, 3, 0x1000)]
+    assert m.state.rip == CODE + 3
+    m.engine.close()
+
+
 def test_debug_and_task_registers(make):
     # mov rax, dr6; mov dr7, rax; mov ecx, 0x28; ltr cx; hlt
     m = make("0f21f0 0f23f8 b928000000 0f00d9 f4")

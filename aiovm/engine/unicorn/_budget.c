@@ -1,7 +1,7 @@
 /* The block-budget hook: virtual time advances by the code bytes of each translated block, and the slice ends
  * before the block that would start at or after its limit. PAUSEs are counted here, so that a spinning vCPU
  * crosses into Python only when its pause-loop window closes. RDTSC and RDTSCP are answered here: guests that wait
- * or gather entropy execute millions of them. Python holds the same rules; both stop at the same blocks.
+ * or gather entropy execute millions of them; and CR3 is loaded here, which a kernel does at each process switch. Python holds the same rules; both stop at the same blocks.
  *
  * Also here, and without a twin because no guest can see it: data accesses fill the TLB without the right to execute
  * where a page holds no code. The core sends every store to a page that may be executed through its slow path.
@@ -41,7 +41,7 @@ typedef struct {
     int (*stop)(void *);
     PyObject *interrupt;     /* called with the number; answers the exit and never raises */
     int (*fetch)(void *, uint64_t, uint32_t, void *, size_t);
-    uint64_t code;           /* the first bytes of the instruction that exits, as many as are mapped up to 3 */
+    uint64_t code;           /* the first bytes of the instruction that exits, as many as are mapped up to 4 */
     int (*translate)(void *, uint64_t, uint32_t, uint64_t *);
     uint8_t *code_pages;     /* one byte a guest page: code was translated from it */
     uint64_t code_page_count;
@@ -57,6 +57,9 @@ typedef struct {
     void *cpu;               /* the core's CPUState; null: its TLB is left alone */
     struct tlb_table *tlb;   /* the core's TLB, a table for each of its MMU modes */
     void (*flush_tlb)(void *);
+    uint64_t *cr3;
+    int64_t cr3_width;       /* bits that CR3 has; 0: stores to it go to Python */
+    int64_t exit_cost;       /* ns */
 } budget;
 
 /* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
@@ -68,7 +71,7 @@ typedef struct {
     uint16_t icount, size;
 } block;
 
-enum { RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
+enum { CR3_WRITE = 0x113, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
 enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, EXECUTE = 4 };
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
@@ -89,13 +92,13 @@ static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
     }
 }
 
-/* The first bytes of the instruction at RIP, as many of three as lie in its page. */
+/* The first bytes of the instruction at RIP, as many of four as lie in its page. */
 static void fetch_code(budget *b, void *uc)
 {
     uint64_t linear = *b->hflags & CS64 ? *b->eip : (uint32_t)(*b->eip + *b->cs_base);
     size_t left = 4096 - (linear & 4095);
     b->code = 0;
-    if (b->fetch(uc, linear, EXECUTE, &b->code, left < 3 ? left : 3))
+    if (b->fetch(uc, linear, EXECUTE, &b->code, left < 4 ? left : 4))
         b->code = 0;
 }
 
@@ -111,10 +114,20 @@ static int64_t time_now(const budget *b)
     return b->cells[0];
 }
 
+/* The instruction was answered here: step over it, and stop when that took the slice's last time. */
+static void done(budget *b, void *uc, uint64_t length)
+{
+    uint64_t next = *b->eip + length;
+    *b->eip = *b->hflags & CS64 ? next : (uint32_t)next;
+    *b->hflags &= ~(uint32_t)INHIBIT_IRQ;
+    if (b->cells[0] >= b->cells[1])
+        b->stop(uc);
+}
+
 /* RDTSC or RDTSCP without prefixes, not single-stepped; whether that was it. */
 static int answer_rdtsc(budget *b, void *uc)
 {
-    uint64_t tsc, next, length;
+    uint64_t tsc, length;
     if (*b->eflags & TF)
         return 0;
     fetch_code(b, uc);
@@ -134,11 +147,33 @@ static int answer_rdtsc(budget *b, void *uc)
     b->regs[2] = tsc >> 32;
     if (length == 3)
         b->regs[1] = (uint32_t)*b->tsc_aux;
-    next = *b->eip + length;
-    *b->eip = *b->hflags & CS64 ? next : (uint32_t)next;
-    *b->hflags &= ~(uint32_t)INHIBIT_IRQ;
-    if (b->cells[0] >= b->cells[1])
-        b->stop(uc);
+    done(b, uc, length);
+    return 1;
+}
+
+/* MOV to CR3 in 64-bit mode, of a value that cannot fault, not single-stepped; whether that was it. */
+static int answer_cr3(budget *b, void *uc)
+{
+    uint32_t code, length = 3, high = 0;
+    uint64_t value;
+    if (!(*b->hflags & CS64) || *b->eflags & TF)
+        return 0;
+    fetch_code(b, uc);
+    code = (uint32_t)b->code;
+    if ((code & 0xf0) == 0x40) { /* REX, whose bit 0 is the register number's bit 3 */
+        high = (code & 1) << 3;
+        code >>= 8;
+        length = 4;
+    }
+    if ((code & 0xffff) != 0x220f)
+        return 0;
+    value = b->regs[(code >> 16 & 7) | high];
+    if (value >> b->cr3_width)
+        return 0;
+    b->cells[0] += b->exit_cost;
+    *b->cr3 = value;
+    b->flush_tlb(b->cpu);
+    done(b, uc, length);
     return 1;
 }
 
@@ -180,6 +215,8 @@ static void on_interrupt(void *uc, uint32_t number, void *data)
         b->ple_first = end;
     }
     if (number == RDTSC && b->tsc_khz && answer_rdtsc(b, uc))
+        return;
+    if (number == CR3_WRITE && b->cr3_width && answer_cr3(b, uc))
         return;
     report(b, uc, number);
 }

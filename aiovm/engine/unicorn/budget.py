@@ -7,6 +7,8 @@ Rules (both hooks follow them; tests compare them):
   so overshoot stays below one block, and neither caches nor translation history can be seen in the time.
 * With a machine's counter given (:meth:`Budget.serve_tsc`), the C hook answers RDTSC and RDTSCP by itself, as the port
   would (:mod:`aiovm.tsc`); forms with prefixes and single steps go to Python.
+* The C hook loads CR3 by itself, too, when it was told how wide that is (:meth:`Budget.serve_cr3`), and 64-bit code
+  stores a value that is no wider. Wider ones, other modes and single steps go to Python.
 * A PAUSE costs ``pause_cost`` and is stepped over. At CPL 0, PAUSEs closer than ``ple_gap`` (end of one to start of the
   next) belong to one loop; when a loop has lasted longer than ``ple_window`` the pause-loop exit is reported and a
   new loop begins (SDM vol. 3C, 25.1.3; the sheet *halt-and-spin* §2).
@@ -99,6 +101,9 @@ class BudgetStruct(ctypes.Structure):
         ("cpu", c_void_p),
         ("tlb", c_void_p),
         ("flush_tlb", c_void_p),
+        ("cr3", c_void_p),
+        ("cr3_width", c_int64),
+        ("exit_cost", c_int64),
     )
     if TYPE_CHECKING:
         rate: int
@@ -117,6 +122,8 @@ class BudgetStruct(ctypes.Structure):
         tsc_last: int
         tsc_ratio: int
         tsc_offset: int
+        cr3_width: int
+        exit_cost: int
 
 
 class _TlbTable(ctypes.Structure):
@@ -166,6 +173,7 @@ class Budget:
             s.regs = env
             s.eflags = env + Env.EFLAGS
             s.tsc_aux = env + MSRS[_TSC_AUX]
+            s.cr3 = env + Env.CR + 24
         s.tsc_epoch = -1
         s.stop = lib.address_of(lib.uc_emu_stop)
         s.ple_window = -1
@@ -218,6 +226,12 @@ class Budget:
             s.tsc_khz = khz
             s.rdtsc_cost = cost
             s.tsc_epoch = -1 if epoch is None else epoch
+
+    def serve_cr3(self, width: int, cost: int) -> None:
+        """CR3 has so many bits, and loading it costs ``cost`` ns. After :meth:`spare_stores` has found the TLB."""
+        if self.struct.cpu:
+            self.struct.cr3_width = width
+            self.struct.exit_cost = cost
 
     def cover(self, memory_end: int) -> None:
         """Watch for code up to ``memory_end``. Until :meth:`forget_code` any page may hold some."""

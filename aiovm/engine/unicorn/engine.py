@@ -497,6 +497,10 @@ class UnicornEngine:
         """Answer RDTSC without asking the port where that is possible: see :meth:`Budget.serve_tsc`."""
         self.budget.serve_tsc(khz, self.costs.rdtsc_ns, epoch)
 
+    def serve_cr3(self, width: int) -> None:
+        """Load CR3 without asking the port where that is possible: see :meth:`Budget.serve_cr3`."""
+        self.budget.serve_cr3(width, self.costs.exit_ns)
+
     def latest_tsc(self, tsc: int) -> int:
         """The machine's counter is ``tsc``, or what some CPU has seen of it already."""
         s = self.budget.struct
