@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiovm.engine.base import CpuState
     from aiovm.memory import GuestMemory
 
-__all__ = ["MAXPHYADDR", "read_dr", "write_cr0", "write_cr3", "write_cr4", "write_dr", "write_efer"]
+__all__ = ["MAXPHYADDR", "read_dr", "refuse_paging", "write_cr0", "write_cr3", "write_cr4", "write_dr", "write_efer"]
 
 #: CPUID.80000008H:EAX bits 7:0.
 MAXPHYADDR: Final = 40
@@ -100,6 +100,24 @@ def write_efer(cpu: CpuState, value: int) -> bool:
         return False
     cpu.efer = value & ~_LMA | old & _LMA
     return True
+
+
+def refuse_paging(*, cr0: int, cr3: int, cr4: int, efer: int, long_cs: bool) -> str:
+    """What is wrong with a whole state that the embedding program loads; nothing: "" (``kvm_is_valid_sregs``)."""
+    if cr0 >> 32 or (cr0 & _NW and not cr0 & _CD) or (cr0 & _PG and not cr0 & _PE):
+        return f"cr0 {cr0:#x} cannot be"
+    if cr4 & ~_CR4_ALLOWED:
+        return f"cr4 {cr4:#x} has bits that CPUID does not offer"
+    if efer & ~(_SCE | _LME | _LMA | _NXE):
+        return f"efer {efer:#x} has bits that CPUID does not offer"
+    if efer & _LME and cr0 & _PG:
+        if not cr4 & _PAE or not efer & _LMA:
+            return f"long mode needs cr4.PAE and efer.LMA (cr4 {cr4:#x}, efer {efer:#x})"
+        if cr3 >> MAXPHYADDR:
+            return f"cr3 {cr3:#x} is above {MAXPHYADDR} bits"
+    elif efer & _LMA or long_cs:
+        return f"efer.LMA or a 64-bit cs without long mode (cr0 {cr0:#x}, efer {efer:#x})"
+    return ""
 
 
 def _debug_register(cpu: CpuState, register: int) -> int | Fault:

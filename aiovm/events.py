@@ -127,6 +127,10 @@ class EventQueue:
         """An NMI arrived."""
         self.s.nmi_queued += 1
 
+    def drop_exception(self) -> None:
+        """Forget an exception that is not being delivered yet (KVM_SET_REGS)."""
+        self.s.exception_pending = False
+
     def queue_smi(self) -> None:
         """An SMI arrived; one is remembered."""
         self.s.smi_pending = True

@@ -369,6 +369,10 @@ class Lapic:
         self._s.init_pending = False
         return taken
 
+    def latch_init(self, pending: bool) -> None:
+        """KVM_SET_VCPU_EVENTS: an INIT waits for the end of SMM, or none does."""
+        self._s.init_pending = pending
+
     def take_sipi(self) -> int | None:
         """The vector of a pending SIPI, which no longer is, or None."""
         if not self._s.sipi_pending:

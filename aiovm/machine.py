@@ -63,6 +63,10 @@ class Machine(Protocol):
     @property
     def vcpus(self) -> Sequence[Vcpu]: ...
 
+    @property
+    def slice_runs(self) -> bool:
+        """Whether guest code may run now, in another thread."""
+
     def read_tsc(self) -> int:
         """The TSC that all vCPUs share, now; never behind what any of them has seen."""
 

@@ -72,20 +72,21 @@ class VcpuPort:
     # ---- MSRs ------------------------------------------------------------------------------------------------------
 
     def on_rdmsr(self, index: int) -> int | None:
-        value = self._read_msr(index)
+        value = self.read_msr(index)
         if value is None:
             self._unknown(index, 0)
             self.inject(13, 0)
         return value
 
     def on_wrmsr(self, index: int, value: int) -> bool:
-        if self._write_msr(index, value):
+        if self.write_msr(index, value):
             return True
         self._unknown(index, value)
         self.inject(13, 0)
         return False
 
-    def _read_msr(self, index: int) -> int | None:
+    def read_msr(self, index: int, *, host_initiated: bool = False) -> int | None:
+        """RDMSR, or the embedding program's look; None is #GP."""
         vcpu = self.vcpu
         if index == _DEADLINE:
             return vcpu.apic.read_deadline()
@@ -100,14 +101,15 @@ class VcpuPort:
         if index == _MISC_ENABLE:
             return vcpu.ia32_misc_enable_msr
         if index == _SMBASE:
-            return vcpu.smbase if vcpu.events.s.smm else None
+            return vcpu.smbase if vcpu.events.s.smm or host_initiated else None
         if index in _CORE or index == _EFER:
             return vcpu.context.read_msr(index)
         if index in _CONSTANT:
             return _CONSTANT[index]
         return vcpu.pv.read_msr(index)
 
-    def _write_msr(self, index: int, value: int) -> bool:
+    def write_msr(self, index: int, value: int, *, host_initiated: bool = False) -> bool:
+        """WRMSR, or the embedding program's store; False is #GP."""
         vcpu = self.vcpu
         now = self.vm.clock.now()
         if index == _DEADLINE:
@@ -120,19 +122,22 @@ class VcpuPort:
                 self.apply(effect)
             return effect is not None
         if index == _APIC_BASE:
-            if not vcpu.apic.set_apic_base(value):
+            if not vcpu.apic.set_apic_base(value, host_initiated=host_initiated):
                 return False
             self.vm.apic_map_changed()
             return True
         if index == _TSC:
-            vcpu.tsc.write(value, self.vm.read_tsc())
+            (vcpu.tsc.host_write if host_initiated else vcpu.tsc.write)(value, self.vm.read_tsc())
             return True
         if index == _TSC_ADJUST:
-            vcpu.tsc.write_adjust(value)
+            vcpu.tsc.write_adjust(value, host_initiated=host_initiated)
             return True
         if index == _MISC_ENABLE:
             vcpu.ia32_misc_enable_msr = value
             return True
+        if index == _SMBASE and host_initiated:
+            vcpu.smbase = value & 0xFFFF_FFFF
+            return value >> 32 == 0
         if index == _EFER:
             return write_efer(vcpu.context.state, value)
         if index in _CORE:
@@ -140,12 +145,12 @@ class VcpuPort:
                 return False
             vcpu.context.write_msr(index, value)
             return True
-        return index in _CONSTANT or self._write_kvm_msr(index, value)
+        return index in _CONSTANT or self._write_kvm_msr(index, value, host_initiated=host_initiated)
 
-    def _write_kvm_msr(self, index: int, value: int) -> bool:
+    def _write_kvm_msr(self, index: int, value: int, *, host_initiated: bool) -> bool:
         """What a store owes is done at once: the guest reads its clock record right after it has registered it."""
         vcpu, vm = self.vcpu, self.vm
-        effect = vcpu.pv.write_msr(index, value)
+        effect = vcpu.pv.write_msr(index, value, host_initiated=host_initiated)
         if effect is None:
             return False
         if effect.wall_clock is not None:

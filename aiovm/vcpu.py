@@ -22,7 +22,6 @@ Answers given inside a slice are in :mod:`aiovm.port`; this module holds state a
 from __future__ import annotations
 
 import asyncio
-import enum
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +34,7 @@ from aiovm.events import EventQueue
 from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown, TprAccess
 from aiovm.guest_debug import Breakpoint, DebugControl, breakpoints
 from aiovm.halt_poll import adapt, begin
+from aiovm.kvm_structs import MpState
 from aiovm.lapic_message import Accepted, DeliveryMode
 from aiovm.paravirt import Paravirt
 from aiovm.policy.thread import ThreadState
@@ -45,6 +45,7 @@ from aiovm.spin import PleWindow, on_spin
 from aiovm.trace import Kind
 from aiovm.tsc import GuestTsc
 from aiovm.vcpu_arch import VcpuArch
+from aiovm.vcpu_state import VcpuIoctls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,16 +76,6 @@ _WITH_WORK = sum(
 )  # fmt: skip
 
 
-class MpState(enum.IntEnum):
-    """``KVM_MP_STATE_*`` (``include/uapi/linux/kvm.h``)."""
-
-    RUNNABLE = 0
-    UNINITIALIZED = 1
-    INIT_RECEIVED = 2
-    HALTED = 3
-    SIPI_RECEIVED = 4
-
-
 @dataclass(slots=True)
 class VcpuStat:
     """``kvm_vcpu_stat``, as far as an emulated CPU has it (the sheet *vcpu* §4, 6.16 names)."""
@@ -113,7 +104,7 @@ class VcpuStat:
     kicks: int = 0
 
 
-class Vcpu:
+class Vcpu(VcpuIoctls):
     """One virtual CPU. Make it through :class:`aiovm.vm.Vm`.
 
     Attributes carry KVM's names; docs/kvm-map.md says what each is for.
@@ -531,7 +522,7 @@ class Vcpu:
         if self._runnable():
             self.pv_unhalted = False
         else:
-            self.set_mp_state(MpState.HALTED)
+            self._set_mp_state(MpState.HALTED)
 
     def _on_spin(self, exit_: PauseLoop) -> None:
         """``kvm_vcpu_on_spin``: give the CPU to a sibling that may hold what this one waits for."""
@@ -578,7 +569,7 @@ class Vcpu:
 
     # ---- halted --------------------------------------------------------------------------------------------------
 
-    def set_mp_state(self, state: MpState) -> None:
+    def _set_mp_state(self, state: MpState) -> None:
         """The one place that writes ``mp_state``; becoming RUNNABLE consumes the kick token (6.16)."""
         self.mp_state = state
         if state is MpState.RUNNABLE:
@@ -650,7 +641,7 @@ class Vcpu:
         self._accept_apic_events()
         if self._runnable():
             if self.mp_state is MpState.HALTED:
-                self.set_mp_state(MpState.RUNNABLE)
+                self._set_mp_state(MpState.RUNNABLE)
             if self.mp_state is MpState.RUNNABLE:
                 self.pv.apf.wake()
 
@@ -691,13 +682,13 @@ class Vcpu:
             return
         if apic.take_init():
             self._reset(init=True)
-            self.set_mp_state(MpState.RUNNABLE if apic.is_bsp else MpState.INIT_RECEIVED)
+            self._set_mp_state(MpState.RUNNABLE if apic.is_bsp else MpState.INIT_RECEIVED)
         vector = apic.take_sipi()
         if vector is not None and self.mp_state is MpState.INIT_RECEIVED:
             state = self.context.state
             state.set_segment(Seg.CS, Segment(vector << 8, vector << 12, 0xFFFF, 0x9B00))
             state.rip = 0
-            self.set_mp_state(MpState.RUNNABLE)
+            self._set_mp_state(MpState.RUNNABLE)
 
     def _reset(self, *, init: bool) -> None:
         """``kvm_vcpu_reset`` (the sheet *vcpu* §2.1): INIT turns the paravirtual records off as well."""

@@ -422,6 +422,10 @@ class Vm:
         if self._slicing is not None and threading.get_ident() == self._loop_thread:
             raise StateError("a slice reads the memory map: await vm.between_slices() before it is changed")
 
+    @property
+    def slice_runs(self) -> bool:
+        return self._slicing is not None
+
     def kick_slice(self, context: Context) -> None:
         if self._slicing is context:
             self.engine.kick()

@@ -15,7 +15,19 @@ ROOT = Path(aiovm.__file__).parent
 #: Module patterns (without ``aiovm.``) by floor; the first that matches counts.
 FLOORS = {
     0: ("errors", "units", "bits", "trace", "stats"),
-    1: ("requests", "exits", "memory", "bus", "irq", "clock", "costs", "tsc", "guest_debug", "engine.base"),
+    1: (
+        "requests",
+        "exits",
+        "memory",
+        "bus",
+        "irq",
+        "clock",
+        "costs",
+        "tsc",
+        "guest_debug",
+        "engine.base",
+        "kvm_structs",
+    ),
     2: (
         "lapic*",
         "pvclock",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from aiovm.events import EventKind
     from aiovm.exits import Exit
+    from aiovm.kvm_structs import KvmFpu
 
 __all__ = ["Context", "CpuState", "DescriptorTable", "Engine", "GuestPort", "Reg", "Registers", "Seg", "Segment"]
 
@@ -237,6 +238,9 @@ class Context(Protocol):
 
     def write_msr(self, index: int, value: int) -> None:
         """Store an MSR that the core holds; the caller has checked the value."""
+
+    def get_fpu(self) -> KvmFpu: ...
+    def set_fpu(self, fpu: KvmFpu) -> None: ...
 
 
 class Engine(Protocol):

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.engine.unicorn import lib
 from aiovm.engine.unicorn.budget import NATIVE, Budget
+from aiovm.engine.unicorn.fpu import read_fpu, write_fpu
 from aiovm.engine.unicorn.intercepts import Intercepts
 from aiovm.engine.unicorn.io import PortIo
 from aiovm.engine.unicorn.layout import (
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
     from aiovm.costs import Costs
     from aiovm.engine.base import GuestPort
+    from aiovm.kvm_structs import KvmFpu
 
 __all__ = ["UnicornContext", "UnicornEngine"]
 
@@ -208,6 +210,12 @@ class UnicornContext:
         else:
             self._state.q[MSRS[index] >> 3] = value
 
+    def get_fpu(self) -> KvmFpu:
+        return read_fpu(self)
+
+    def set_fpu(self, fpu: KvmFpu) -> None:
+        write_fpu(self, fpu)
+
     def run(self, limit: int) -> Exit:
         return self.engine.run(self, limit)
 
@@ -290,9 +298,8 @@ class UnicornEngine:
         assert out.value is not None
         lib.ctl(out, lib.CTL_TCG_BUFFER, ctypes.c_uint32(32 << 20))
         lib.check(lib.ctl(out, lib.CTL_EXITS_ENABLE, ctypes.c_int(1)), "enable exits")
-        for register, value in ((lib.x86.UC_X86_REG_MXCSR, 0x1F80), (lib.x86.UC_X86_REG_FPCW, 0x37F)):
-            self._register.value = value
-            lib.check(lib.uc_reg_write(out, register, self._register_at), "initial FPU state")
+        self.write_register(lib.x86.UC_X86_REG_MXCSR, 0x1F80)
+        self.write_register(lib.x86.UC_X86_REG_FPCW, 0x37F)
         self._private = ctypes.create_string_buffer(_VMCB_SIZE + PAGE)
         start = -(-ctypes.addressof(self._private) // PAGE) * PAGE
         self.private = memoryview((ctypes.c_char * _VMCB_SIZE).from_address(start)).cast("B")
@@ -515,6 +522,11 @@ class UnicornEngine:
         self._register.value = 0
         lib.check(lib.uc_reg_read(self._uc, register, self._register_at), "read a register")
         return self._register.value
+
+    def write_register(self, register: int, value: int) -> None:
+        """Store a register of the loaded vCPU by Unicorn's number, with what the core derives from it."""
+        self._register.value = value
+        lib.check(lib.uc_reg_write(self._uc, register, self._register_at), "write a register")
 
     def apply_windows(self, context: UnicornContext) -> None:
         """Open or close the interrupt and NMI windows of the loaded vCPU."""
