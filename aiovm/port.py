@@ -24,6 +24,7 @@ from aiovm.segmentation import Fault
 from aiovm.smm import enter_smm, leave_smm
 from aiovm.task_register import io_permitted, load_tr
 from aiovm.trace import Kind
+from aiovm.vcpu_io import UserRange
 
 if TYPE_CHECKING:
     from aiovm.lapic import Lapic, LapicEffect
@@ -212,6 +213,24 @@ class VcpuPort:
             self.apply(self._apic().mmio_write(offset, size, value, vm.clock.now()))
         elif not vm.mmio.write(gpa, size, value, vm.clock.now()):
             self._unknown(gpa, value)
+
+    def is_users(self, gpa: int, size: int) -> bool:
+        apic = self.vcpu.apic
+        if apic.hw_enabled and not apic.x2apic and 0 <= gpa - apic.base_address < _APIC_PAGE:
+            return False
+        found = self.vm.mmio.find(gpa, size)
+        return found is not None and isinstance(found[0], UserRange)
+
+    def on_user_read(self, gpa: int, size: int) -> bool:
+        vcpu = self.vcpu
+        exit_ = vcpu.mmio.begin_read(gpa, size)
+        if not self.is_users(gpa, exit_.size):
+            vcpu.mmio.needed = False
+            return False
+        vcpu.stat.mmio_exits += 1
+        vcpu.note(f"load {gpa:#x}")
+        self.vm.engine.leave(exit_)
+        return True
 
     def _apic(self) -> Lapic:
         """The local APIC, up to date: an interrupt that the guest ended in memory is ended there too."""

@@ -31,9 +31,10 @@ from aiovm.clock import FOREVER, Alarm
 from aiovm.engine.base import Seg, Segment
 from aiovm.errors import StateError
 from aiovm.events import EventQueue
-from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, PauseLoop, Shutdown, TprAccess
+from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, Mmio, PauseLoop, Pio, Shutdown, TprAccess
 from aiovm.guest_debug import Breakpoint, DebugControl, breakpoints
 from aiovm.halt_poll import adapt, begin
+from aiovm.kvm_run import KvmRun
 from aiovm.kvm_structs import MpState
 from aiovm.lapic_message import Accepted, DeliveryMode
 from aiovm.paravirt import Paravirt
@@ -45,10 +46,11 @@ from aiovm.spin import PleWindow, on_spin
 from aiovm.trace import Kind
 from aiovm.tsc import GuestTsc
 from aiovm.vcpu_arch import VcpuArch
+from aiovm.vcpu_io import UserIo
 from aiovm.vcpu_state import VcpuIoctls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from aiovm.clock import Timer
     from aiovm.engine.base import Context
@@ -132,7 +134,15 @@ class Vcpu(VcpuIoctls):
         self.in_spin_loop = False
         self.dy_eligible = False
         self.pv_unhalted = False
-        self.immediate_exit = False
+        #: Signals that the program sent and has not taken back, and those that wait meanwhile (KVM_SET_SIGNAL_MASK).
+        self.sigpending: set[int] = set()
+        self.sigset: frozenset[int] = frozenset()
+        self.sigset_active = False
+        self._immediate_exit = False
+        #: ``run`` returns :class:`Interrupted` as soon as it can.
+        self._interrupted = False
+        self.kvm_run = KvmRun()
+        self.mmio = UserIo()
         self.halt_poll_ns = 0
         self.events = EventQueue()
         #: IA32_SMBASE.
@@ -232,6 +242,48 @@ class Vcpu(VcpuIoctls):
         """IRET, which the engine executes by itself, opens NMIs again."""
         if self.events.s.nmi_masked and not self.context.state.nmi_masked:
             self.events.nmi_done()
+
+    # ---- what ends run() from outside ------------------------------------------------------------------------------
+
+    @property
+    def immediate_exit(self) -> bool:
+        """The next chance to leave is taken, once (``kvm_run.immediate_exit``); a :meth:`kick` makes it come soon."""
+        return self._immediate_exit
+
+    @immediate_exit.setter
+    def immediate_exit(self, value: bool) -> None:
+        self._immediate_exit = value
+        self._weigh_signals()
+
+    def set_signal_mask(self, sigset: Iterable[int] | None) -> None:
+        """KVM_SET_SIGNAL_MASK: the signals that do not end :meth:`run`; None takes the mask away.
+
+        Cancelling the task that runs the vCPU is what no mask holds back.
+        """
+        self.sigset_active = sigset is not None
+        self.sigset = frozenset(() if sigset is None else sigset)
+        self._weigh_signals()
+
+    def send_signal(self, signal: int) -> None:
+        """End :meth:`run` with :class:`Interrupted`, now or at its next call, unless the mask holds ``signal`` back.
+
+        ``signal``: a number of the program's choice. It stays pending until :meth:`take_signals`.
+        """
+        self.sigpending.add(signal)
+        self._weigh_signals()
+        if self._interrupted:
+            self.kick()
+
+    def take_signals(self) -> list[int]:
+        """The pending signals, in order of their numbers; they are pending no more (``sigtimedwait``)."""
+        taken = sorted(self.sigpending)
+        self.sigpending.clear()
+        self._weigh_signals()
+        return taken
+
+    def _weigh_signals(self) -> None:
+        blocked = self.sigset if self.sigset_active else frozenset[int]()
+        self._interrupted = self._immediate_exit or not self.sigpending <= blocked
 
     def set_guest_debug(self, control: DebugControl, debugreg: Sequence[int] = (0,) * 8) -> None:
         """KVM_SET_GUEST_DEBUG; between runs."""
@@ -354,12 +406,34 @@ class Vcpu(VcpuIoctls):
                 await thread.alarm
                 if not self._runs_ahead:
                     await self.vm.between_slices()
-                return await self._vcpu_run()
+                exit_ = self.mmio.resume(self) if self.mmio.pending else None
+                if exit_ is None:
+                    exit_ = self.mmio.leaving(await self._vcpu_run())
+                self._tell(exit_)
+                return exit_
             finally:
                 # Whoever was cancelled while asleep or in guest mode is neither: a kick must not wake an empty thread.
                 self.blocking = False
                 self.mode = VcpuMode.OUTSIDE
                 host.retire(thread)
+
+    def _tell(self, exit_: Exit) -> None:
+        """``post_kvm_run_save``."""
+        run, state = self.kvm_run, self.context.state
+        run.exit = exit_
+        run.if_flag = bool(state.rflags & 0x200)
+        run.flags = int(self.events.s.smm)
+        run.cr8 = self.apic.cr8
+        run.apic_base = self.apic.apic_base
+        run.ready_for_interrupt_injection = run.if_flag and not state.interrupt_shadow and not self.events.any
+
+    def leave_for_io(self, exit_: Pio | Mmio) -> None:
+        """The guest touched what the program answers; from inside a slice."""
+        posted = self.mmio.posted
+        if isinstance(exit_, Mmio) and exit_.is_write:
+            posted.append(exit_)
+        if len(posted) < 2:
+            self.vm.engine.leave(exit_)
 
     async def _vcpu_run(self) -> Exit:
         """``vcpu_run``: the loop around entries and blocks."""
@@ -376,7 +450,7 @@ class Vcpu(VcpuIoctls):
                         continue
                 # Invariant: nothing between this store and the slice can set a request unseen.
                 self.mode = VcpuMode.IN_GUEST
-                if self.requests.bits or thread.resched or self.immediate_exit:
+                if self.requests.bits or thread.resched or self._interrupted:
                     self.mode = VcpuMode.OUTSIDE
                 elif self._runs_ahead:
                     start = cells[0]
@@ -420,7 +494,7 @@ class Vcpu(VcpuIoctls):
                 await self._block()
             if apic.timer.pending:
                 self._inject_timer()
-            if self.immediate_exit:
+            if self._interrupted:
                 self.immediate_exit = False
                 self.stat.signal_exits += 1
                 return Interrupted()
@@ -502,15 +576,14 @@ class Vcpu(VcpuIoctls):
         self.stat.exits += 1
         match exit_:
             case Budget() | Interrupted():
-                return None
+                pass
             case Hlt():
                 self._halt(exit_)
-                return None
             case PauseLoop():
                 self._on_spin(exit_)
-                return None
             case _:
                 return exit_
+        return self.mmio.posted[0] if self.mmio.posted else None
 
     def _halt(self, exit_: Hlt) -> None:
         """``kvm_emulate_halt``: not at all when something is pending already."""
@@ -606,7 +679,7 @@ class Vcpu(VcpuIoctls):
         return (
             self._runnable()
             or self.apic.has_pending_timer()
-            or self.immediate_exit
+            or self._interrupted
             or bool(self.requests.bits & _UNBLOCK)
         )
 

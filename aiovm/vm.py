@@ -32,7 +32,7 @@ from aiovm.devices.debug_exit import DebugExit
 from aiovm.devices.virtio.slots import virtio_slots
 from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, GuestPanic, StateError, TripleFault, UnhandledExit
-from aiovm.exits import EngineFault, Exit, Interrupted, Shutdown, SystemEvent
+from aiovm.exits import EngineFault, Exit, Interrupted, Mmio, Pio, Shutdown, SystemEvent
 from aiovm.halt_poll import LINUX_6_16
 from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
@@ -49,6 +49,7 @@ from aiovm.trace import Kind
 from aiovm.tsc import ns_to_tsc, tsc_to_ns
 from aiovm.units import parse_size
 from aiovm.vcpu import MpState, Vcpu
+from aiovm.vcpu_io import UserHandler, UserRange
 
 if TYPE_CHECKING:
     import re
@@ -316,7 +317,42 @@ class Vm:
         """One vCPU's task: KVM_RUN again and again, as a VMM's thread does."""
         while not self._ended.done():
             exit_ = await vcpu.run()
-            self._answer(vcpu, exit_)
+            handler = self._handler(exit_)
+            if handler is None:
+                self._answer(vcpu, exit_)
+            else:
+                vcpu.kvm_run.data = await handler(exit_)  # type: ignore[arg-type]  # only these have one
+
+    def claim_ports(self, base: int, length: int, handler: UserHandler | None = None) -> None:
+        """Ports that the program answers: their accesses leave as :class:`~aiovm.exits.Pio`.
+
+        ``handler``: ``async def handler(exit_) -> bytes | None``, awaited by :meth:`run`; while it waits, the vCPU
+        does not run, and time passes. Without one, call ``vcpu.run()`` yourself (:mod:`aiovm.kvm_run`).
+        """
+        self.ports.register(base, length, UserRange(base, ports=True, leave=self._leave_for_io, handler=handler))
+
+    def claim_mmio(self, base: int, length: int, handler: UserHandler | None = None) -> None:
+        """As :meth:`claim_ports` for guest physical addresses, where no memory is: :class:`~aiovm.exits.Mmio`."""
+        if any(slot.base < base + length and base < slot.end for slot in self.memory.map.slots):
+            raise ConfigError(f"MMIO range {base:#x}+{length:#x} lies in memory")
+        self.mmio.register(base, length, UserRange(base, ports=False, leave=self._leave_for_io, handler=handler))
+        self.engine.claim(base, length)
+
+    def _leave_for_io(self, exit_: Pio | Mmio) -> None:
+        current = self.engine.current
+        assert current is not None
+        self.vcpus[current.index].leave_for_io(exit_)
+
+    def _handler(self, exit_: Exit) -> UserHandler | None:
+        """Who answers an exit about a port or a register."""
+        match exit_:
+            case Pio(port, size):
+                found = self.ports.find(port, size)
+            case Mmio(gpa, size):
+                found = self.mmio.find(gpa, size)
+            case _:
+                return None
+        return found[0].handler if found is not None and isinstance(found[0], UserRange) else None
 
     def _answer(self, vcpu: Vcpu, exit_: Exit) -> None:
         """An exit that reached the embedding side."""

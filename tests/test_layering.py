@@ -18,6 +18,7 @@ FLOORS = {
     1: (
         "requests",
         "exits",
+        "kvm_run",
         "memory",
         "bus",
         "irq",

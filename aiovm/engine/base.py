@@ -14,7 +14,7 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from aiovm.events import EventKind
     from aiovm.exits import Exit
@@ -172,6 +172,12 @@ class GuestPort(Protocol):
     def on_out(self, port: int, size: int, value: int) -> None: ...
     def on_mmio_read(self, gpa: int, size: int) -> int: ...
     def on_mmio_write(self, gpa: int, size: int, value: int) -> None: ...
+    def is_users(self, gpa: int, size: int) -> bool:
+        """Whether the embedding program answers loads of this place."""
+
+    def on_user_read(self, gpa: int, size: int) -> bool:
+        """A load that has not happened: whether it is the embedding program's, and the slice leaves with it."""
+
     def on_hypercall(self) -> None: ...
     def on_cr_read(self, register: int) -> int | None: ...
     def on_cr_write(self, register: int, value: int) -> bool: ...
@@ -228,6 +234,14 @@ class Context(Protocol):
 
     def request_nmi_window(self, wanted: bool) -> None:
         """Ask for :meth:`GuestPort.on_nmi_window` as soon as NMIs are not blocked."""
+
+    def finish_read(self, data: Mapping[int, int]) -> tuple[int, int] | None:
+        """Between slices: the load that left gets its bytes (by guest physical address), and its instruction is
+        executed. What it still lacks, as (address, size), or None when it is done."""
+
+    @property
+    def ins_address(self) -> int | None:
+        """Where the last INS that left stored its element, a linear address; None after IN."""
 
     def flush_tlb(self) -> None: ...
     def set_tsc(self, ratio: int, offset: int) -> None:

@@ -116,3 +116,50 @@ def test_immediate_exit_ends_a_sleep():
         vm.close()
 
     run(main())
+
+
+def test_a_signal_ends_a_run_until_it_is_taken():
+    async def main():
+        vm, vcpu = machine(Host(1), SLEEP)
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.01)
+        vcpu.send_signal(10)
+        assert await task == Interrupted()
+        assert await vcpu.run() == Interrupted(), "it is still pending"
+        assert vcpu.take_signals() == [10]
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        await cancelled(task)
+        vm.close()
+
+    run(main())
+
+
+def test_the_mask_holds_signals_back_and_nothing_holds_a_cancellation():
+    async def main():
+        vm, vcpu = machine(Host(1), SPIN)
+        vcpu.set_signal_mask({10, 12})
+        assert (vcpu.sigset_active, vcpu.sigset) == (True, {10, 12})
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.001)
+        vcpu.send_signal(12)
+        vcpu.send_signal(10)
+        await asyncio.sleep(0.01)
+        assert not task.done()
+        vcpu.send_signal(15)
+        assert await task == Interrupted()
+        assert vcpu.take_signals() == [10, 12, 15]
+        vcpu.send_signal(10)
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.001)
+        vcpu.set_signal_mask(None)
+        vcpu.kick()
+        assert await task == Interrupted()
+        vcpu.set_signal_mask({10})
+        task = asyncio.create_task(vcpu.run())
+        await asyncio.sleep(0.001)
+        await cancelled(task)
+        vm.close()
+
+    run(main())

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.engine.unicorn import lib
 from aiovm.engine.unicorn.budget import NATIVE, Budget
+from aiovm.engine.unicorn.claims import READ_REFUSED, Claims
 from aiovm.engine.unicorn.fpu import read_fpu, write_fpu
 from aiovm.engine.unicorn.intercepts import Intercepts
 from aiovm.engine.unicorn.io import PortIo
@@ -53,7 +54,7 @@ from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
 from aiovm.memory import PAGE, GuestMemory, MemoryMap, SlotFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from aiovm.costs import Costs
     from aiovm.engine.base import GuestPort
@@ -71,6 +72,7 @@ _PHYSICAL_END: Final = 1 << 40
 _4G: Final = 1 << 32
 _READ_EXEC: Final = 5
 _ALL: Final = 7
+_STORES_ONLY: Final = 2
 
 _EIP: Final = Env.EIP >> 3
 _HFLAGS: Final = Env.HFLAGS >> 2
@@ -110,6 +112,8 @@ class UnicornContext:
         self.carried = (0, 0, 0)
         self.ple_window = -1
         self.map_generation = -1
+        #: Bytes by guest physical address that the embedding program has given for the load at RIP.
+        self.answers: dict[int, int] = {}
         #: Ratio and offset of the guest's TSC.
         self.tsc = (0, 0)
         self.reset(init=False)
@@ -191,6 +195,14 @@ class UnicornContext:
         if self.engine.current is self:
             self.engine.load_tsc(self)
 
+    def finish_read(self, data: Mapping[int, int]) -> tuple[int, int] | None:
+        self.answers.update(data)
+        return self.engine.finish_read(self)
+
+    @property
+    def ins_address(self) -> int | None:
+        return self.engine.io.ins_address
+
     def flush_tlb(self) -> None:
         self._state.paging_changed = True
 
@@ -246,6 +258,7 @@ class UnicornEngine:
         self._exit_ns = costs.exit_ns
         self.intercepts = Intercepts(self)
         self.io = PortIo(self)
+        self.claims = Claims(self)
         self.pointers = layout_holds() if pointers is None else pointers
         self.native = NATIVE if native is None else native
         self.signature = 0
@@ -389,7 +402,7 @@ class UnicornEngine:
 
     def _remap(self, _old: MemoryMap, new: MemoryMap) -> None:
         """Follow the memory map: slots become host memory, all else calls the port. What stays is left alone."""
-        wanted = dict.fromkeys(_layout(new))
+        wanted = dict.fromkeys(_layout(new, self.claims.ranges))
         for low, high, address, rights in [r for r in self._mapped if r not in wanted]:
             lib.check(lib.uc_mem_unmap(self._uc, low, high - low), f"unmap {low:#x}")
             del self._mapped[low, high, address, rights]
@@ -401,11 +414,14 @@ class UnicornEngine:
                     # What is mapped read-only from the start the core reports stores to, and then makes them.
                     error = error or lib.uc_mem_protect(self._uc, low, high - low, rights)
             else:
-                read, write = lib.MMIO_READ_T(self._mmio_read(low)), lib.MMIO_WRITE_T(self._mmio_write(low))
+                reader = self.claims.reader(low) if rights == _STORES_ONLY else self._mmio_read(low)
+                read, write = lib.MMIO_READ_T(reader), lib.MMIO_WRITE_T(self._mmio_write(low))
                 callbacks = read, write
                 error = lib.uc_mmio_map(
                     self._uc, low, high - low, lib.address_of(read), None, lib.address_of(write), None
                 )
+                if rights == _STORES_ONLY:
+                    error = error or lib.uc_mem_protect(self._uc, low, high - low, rights)
             lib.check(error, f"map {low:#x}+{high - low:#x}")
             self._mapped[low, high, address, rights] = callbacks
         if any(slot.flags & SlotFlags.READONLY for slot in new.slots):
@@ -414,6 +430,11 @@ class UnicornEngine:
         if self.current is not None:
             self.current.state.paging_changed = True
         self._dirty_code = True
+
+    def claim(self, base: int, length: int) -> None:
+        """Loads from these addresses leave before they happen (:mod:`aiovm.engine.unicorn.claims`)."""
+        self.claims.add(base, length)
+        self._remap(self.memory.map, self.memory.map)
 
     def _host_wrote(self, gpa: int, length: int) -> None:
         """The host stored into guest memory: what was translated from those pages is stale."""
@@ -594,6 +615,8 @@ class UnicornEngine:
             if self._watches:
                 self._watch(False)
             error = self._enter(context) if self.pointers else self._enter_public(context)
+            while error == READ_REFUSED and not self._over():
+                error = self._refused(context)
         context.map_generation = -1
         self._kicked = False
         if error in _FETCH_ERRORS and self._failure is None:
@@ -601,6 +624,49 @@ class UnicornEngine:
             context.port.on_exception(6, None, 0)
             error = 0
         return self._outcome(error)
+
+    def _refused(self, context: UnicornContext) -> int:
+        """A load from a claimed page: the program's, which leaves, or of the page's other part; then on we go."""
+        load = self.claims.probe(context)
+        if load is None:  # the page tables have changed meanwhile
+            return self._again(context)
+        self.cells[0] += self._exit_ns
+        if context.port.on_user_read(*load):
+            return 0
+        missing = self.claims.replay(context)
+        if missing is not None:
+            context.port.on_user_read(*missing)
+        return 0 if self._over() or self.cells[0] >= self.cells[1] else self._again(context)
+
+    def _again(self, context: UnicornContext) -> int:
+        return self._enter(context) if self.pointers else self._enter_public(context)
+
+    def finish_read(self, context: UnicornContext) -> tuple[int, int] | None:
+        """Between slices: execute the load at RIP with ``context.answers``; the next load that lacks one, if any."""
+        self.load(context)
+        if context.state.flags_changed:
+            context.state.fold_flags()
+        now, limit = self.cells[0], self.cells[1]
+        self._exit = None
+        missing = self.claims.replay(context)
+        self.cells[0], self.cells[1] = now, limit
+        self._outcome(0)
+        return missing
+
+    @property
+    def handle(self) -> ctypes.c_void_p:
+        """The core, for raw calls."""
+        return self._uc
+
+    def close_windows(self) -> None:
+        """Nothing is delivered until :meth:`apply_windows`."""
+        if self.pointers:
+            self._virq.value = 0
+            self._pending.value = 0
+
+    def execute(self, context: UnicornContext) -> None:
+        """Guest code from RIP on, until something stops it."""
+        self._enter(context)
 
     def _enter(self, context: UnicornContext, count: int = 0) -> int:
         """Guest code runs, ``count`` instructions if it is not 0; the core's error number."""
@@ -763,16 +829,29 @@ def _paging_key(state: EnvState) -> tuple[int, int, int, int]:
 _Range = tuple[int, int, int, int]
 
 
-def _layout(map_: MemoryMap) -> list[_Range]:
-    """The physical address space as (low, high, host address or 0 where nobody is, rights), in order."""
+def _layout(map_: MemoryMap, claims: Sequence[tuple[int, int]]) -> list[_Range]:
+    """The physical address space as (low, high, host address or 0 where nobody is, rights), in order.
+
+    ``claims``: where nobody is, what leaves to the embedding program."""
     ranges: list[_Range] = []
     at = 0
     for slot in map_.slots:
-        ranges += _hole(at, slot.base)
+        ranges += _device(at, slot.base, claims)
         rights = _READ_EXEC if slot.flags & SlotFlags.READONLY else _ALL
         ranges.append((slot.base, slot.end, slot.host_address, rights))
         at = slot.end
-    return ranges + _hole(at, _PHYSICAL_END)
+    return ranges + _device(at, _PHYSICAL_END, claims)
+
+
+def _device(low: int, high: int, claims: Sequence[tuple[int, int]]) -> list[_Range]:
+    """Nobody's addresses, with the claims among them."""
+    ranges: list[_Range] = []
+    for start, end in claims:
+        if start < high and low < end:
+            ranges += _hole(low, start)
+            ranges.append((max(start, low), min(end, high), 0, _STORES_ONLY))
+            low = min(end, high)
+    return ranges + _hole(low, high)
 
 
 def _hole(low: int, high: int) -> list[_Range]:

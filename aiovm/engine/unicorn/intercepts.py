@@ -193,8 +193,10 @@ class Intercepts:
         vector = number - 0x100 - Intercept.EXCEPTION
         engine = self._engine
         state = context.state
-        if vector == 1 and engine.io.finish(context):
+        if vector == 1 and (engine.io.finish(context) or engine.claims.finish(context)):
             return
+        if engine.claims.close(context):
+            engine.stop()
         if vector == 6 and self._meant(context):
             return
         error = state.d[Env.ERROR_CODE >> 2] if vector in _WITH_ERROR else None

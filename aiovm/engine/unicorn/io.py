@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiovm.engine.base import Reg
+from aiovm.engine.base import Reg, Seg
 from aiovm.engine.unicorn.layout import Env, Hf
 
 if TYPE_CHECKING:
     from aiovm.engine.unicorn.decode import Instruction
     from aiovm.engine.unicorn.engine import UnicornContext, UnicornEngine
+    from aiovm.engine.unicorn.state import EnvState
 
 __all__ = ["PortIo"]
 
 _HFLAGS: Final = Env.HFLAGS >> 2
 _STRING: Final = frozenset({0x6C, 0x6D, 0x6E, 0x6F})
+_INS: Final = frozenset({0x6C, 0x6D})
 _TF: Final = 0x100
 
 
@@ -37,6 +39,8 @@ class _Armed(NamedTuple):
     #: RAX, RCX, RSI, RDI before the instruction; None when it was allowed.
     refused: tuple[int, int, int, int] | None
     insn: Instruction | None
+    #: Linear address of INS's element.
+    destination: int | None
 
 
 class PortIo:
@@ -45,6 +49,8 @@ class PortIo:
     def __init__(self, engine: UnicornEngine) -> None:
         self._engine = engine
         self._armed: _Armed | None = None
+        #: Where the element of an INS that left was stored, linear; None after another instruction that left.
+        self.ins_address: int | None = None
 
     def on_in(self, _uc: int, port: int, size: int, _user: int) -> int:
         """The core's IN hook; also for each element of INS."""
@@ -90,7 +96,8 @@ class PortIo:
         gpr = state.gpr
         before = (gpr[Reg.RAX], gpr[Reg.RCX], gpr[Reg.RSI], gpr[Reg.RDI]) if refused else None
         insn = self._engine.intercepts.decode(context)
-        self._armed = _Armed(state.get_dr(0), state.get_dr(6), state.get_dr(7), state.rip, before, insn)
+        to = _destination(state, insn) if insn is not None and insn.opcode in _INS else None
+        self._armed = _Armed(state.get_dr(0), state.get_dr(6), state.get_dr(7), state.rip, before, insn, to)
         state.set_dr(0, port)
         state.set_dr(7, 0x2_0402)  # G0, R/W0 = I/O, one byte
         if not self._engine.pointers:
@@ -113,6 +120,7 @@ class PortIo:
             context.port.on_exception(13, 0, 0)
             return True
         insn = armed.insn
+        self.ins_address = armed.destination
         if insn is not None and insn.rep and insn.opcode in _STRING:
             # The core raises the breakpoint before it counts the element.
             mask = (1 << 8 * insn.address_size) - 1
@@ -124,3 +132,9 @@ class PortIo:
             engine.intercepts.trap(context)
         engine.stop()
         return True
+
+
+def _destination(state: EnvState, insn: Instruction) -> int:
+    """ES:rDI as INS sees it."""
+    offset: int = state.q[Reg.RDI] & (1 << 8 * insn.address_size) - 1
+    return offset if state.long_mode else offset + state.segment(Seg.ES).base & 0xFFFF_FFFF
