@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_JOBS ?= auto
 
-.PHONY: demo test check lint format types bench peers guests guests-elf clean help
+.PHONY: demo test check lint format types bench fuzz peers guests guests-elf clean help
 
 help:
 	@echo "make demo    install, and compare spinlocks on 8 vCPUs over 8, 4 and 2 physical CPUs"
@@ -14,6 +14,7 @@ help:
 	@echo "make check   format, lint, types and tests: before each push"
 	@echo "make peers   Debian's QEMU and gdb, which some tests compare with (needs root)"
 	@echo "make guests  Linux guests in out/guests, from Debian's packages"
+	@echo "make fuzz    hostile guests for an hour, each in a child process"
 	@echo "make bench   this project beside bare Unicorn, QEMU and SimPy, as ratios"
 
 $(STAMP): pyproject.toml setup.py aiovm/engine/unicorn/_budget.c
@@ -47,6 +48,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[bench]"
 	$(BIN)/python -m benchmarks
+
+# Another hour: make fuzz SEED=100000
+fuzz: $(STAMP)
+	$(BIN)/python scripts/fuzz.py --seconds 3600 --seed $(or $(SEED),0)
 
 # What the tests marked "peer" compare with. Without them those tests are skipped, but fail where CI is set.
 peers:

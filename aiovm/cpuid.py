@@ -2,7 +2,8 @@
 
 The base is what Unicorn's default model (Haswell) reports. Taken away: what the core does not execute (AVX, FMA, F16C,
 XSAVE, MONITOR, MTRR and machine check, which nobody implements here), ERMS (``rep movsb`` runs a byte an iteration, so
-guests should prefer wide moves) and RDRAND (its answers come from the host, and a run could not be repeated).
+guests should prefer wide moves) and RDRAND (the core's answers come from the host, and a run could not be repeated: it
+is an invalid opcode, but where the engine cannot reach the core's state).
 Added: x2APIC, TSC deadline, invariant TSC, always-running APIC timer, 1 GiB pages, the hypervisor bit, the topology
 leaf, and KVM's leaves at 0x40000000 (:mod:`aiovm.paravirt`).
 """

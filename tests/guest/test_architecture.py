@@ -525,3 +525,30 @@ def test_rsm_to_a_state_that_cannot_be_is_a_shutdown():
     handler = "2e66c70658ff000000800faa"  # CR0: PG without PE  # mov dword ptr cs:[0xff58], 0x80000000; rsm
     with pytest.raises(TripleFault):
         bare("ebfe", setup=_smi_at(5_000), more={0x3_8000: handler})  # 1: jmp 1b
+
+
+# ---- what CPUID does not offer, and lengths ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["0fc7f0", "480fc7f1", "660fc7f7"])
+def test_rdrand_does_not_exist(code):
+    """Its answers would be the host's, and no run could be repeated."""
+    assert fault(code) == (UD, None, CODE)
+
+
+@pytest.mark.parametrize(("prefixes", "length"), [("", 2), ("66", 3), ("2e48", 4), ("f266", 4)])
+def test_syscall_returns_behind_its_prefixes(prefixes, length):
+    def targets(vm):
+        vm.vcpus[0].port.write_msr(0xC000_0081, CODE0 << 32)
+        vm.vcpus[0].port.write_msr(0xC000_0082, 0x9000)
+
+    end = bare(prefixes + "0f05", setup=targets, more={0x9000: END})
+    assert (end.gpr[1], end.rip) == (CODE + length, 0x9002)
+
+
+def test_sysenter_goes_where_it_should_whatever_its_prefixes():
+    def targets(vm):
+        for msr, value in ((0x174, CODE0), (0x175, STACK0), (0x176, 0x9000)):
+            vm.vcpus[0].port.write_msr(msr, value)
+
+    assert bare("662e" + "0f34", setup=targets, more={0x9000: END}).rip == 0x9002

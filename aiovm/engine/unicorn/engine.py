@@ -39,6 +39,7 @@ from aiovm.engine.unicorn.layout import (
     CPU_TO_ENV,
     EFER_MSR,
     ENV_END,
+    ENV_FEATURES_ECX,
     MSRS,
     UC_CPU,
     UC_NO_EXIT_REQUEST,
@@ -79,6 +80,9 @@ _HFLAGS: Final = Env.HFLAGS >> 2
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _IF: Final = 0x200
+_RDRAND: Final = 1 << 30
+_SYSCALL: Final = b"\x0f\x05"
+_SYSENTER: Final = b"\x0f\x34"
 #: KVM's ple_gap: TSC cycles between two PAUSEs of one loop (``arch/x86/kvm/vmx/vmx.c``).
 PLE_GAP_CYCLES: Final = 128
 _STOP_NOW: Final = -(1 << 62)
@@ -339,6 +343,8 @@ class UnicornEngine:
             self._virq = ctypes.c_uint8.from_address(cpu + CPU_INTERRUPT_REQUEST + VIRQ_BYTE)
             self._no_exit_request = ctypes.c_uint8.from_address(out.value + UC_NO_EXIT_REQUEST)
             self._no_exit_request.value = 1
+            # RDRAND would answer from the host's randomness; now it does not exist, as CPUID says.
+            ctypes.c_uint64.from_address(self._env + ENV_FEATURES_ECX).value &= ~_RDRAND
             self._live = memoryview((ctypes.c_char * ENV_END).from_address(self._env)).cast("B")
         else:
             self._env = self._pending_at = 0
@@ -800,21 +806,25 @@ class UnicornEngine:
     # ---- system calls ---------------------------------------------------------------------------------------------
 
     def _on_syscall(self, _uc: int, _user: int) -> None:
-        self._transition(lambda state: syscall(state, state.rip + 2 & _M64))
+        self._transition(_SYSCALL, syscall)
 
     def _on_sysenter(self, _uc: int, _user: int) -> None:
-        self._transition(sysenter)
+        self._transition(_SYSENTER, lambda state, _next: sysenter(state))
 
-    def _transition(self, enter: Callable[[EnvState], int | None]) -> None:
-        """SYSCALL or SYSENTER: the core steps over the two bytes afterwards."""
+    def _transition(self, plain: bytes, enter: Callable[[EnvState, int], int | None]) -> None:
+        """SYSCALL or SYSENTER: the core steps over the instruction afterwards, prefixes included."""
         try:
             context = self.current
             assert context is not None
             self.sync_in()
-            vector = enter(context.state)
+            length = 2
+            if self.fetch(context.linear_rip, 2) != plain:
+                insn = self.intercepts.decode(context)
+                length = 2 if insn is None else insn.length
+            vector = enter(context.state, context.state.rip + length & _M64)
             if vector is not None:
                 context.port.on_exception(vector, 0 if vector in _WITH_ERROR else None, 0)
-            context.state.rip -= 2
+            context.state.rip -= length
             self.sync_out()
         except BaseException as error:
             self.fail(error)

@@ -33,6 +33,9 @@ VIRQ_BYTE: Final = 1
 
 #: The state that a context holds: everything up to the reset area's end.
 ENV_END: Final = 0x15C0
+#: Behind it: what CPUID.1:ECX offers, which translations ask; and what Haswell's is.
+ENV_FEATURES_ECX: Final = 0x1608
+HASWELL_ECX: Final = 0xC6D8_2203
 #: Where a uc_context's payload holds that state.
 CONTEXT_PAYLOAD: Final = 40
 

@@ -10,7 +10,17 @@ import ctypes
 import functools
 
 from aiovm.engine.unicorn import lib
-from aiovm.engine.unicorn.layout import CONTEXT_PAYLOAD, CPU_ENV, CPU_ICOUNT_DECR, CPU_TO_ENV, ENV_END, UC_CPU, Env
+from aiovm.engine.unicorn.layout import (
+    CONTEXT_PAYLOAD,
+    CPU_ENV,
+    CPU_ICOUNT_DECR,
+    CPU_TO_ENV,
+    ENV_END,
+    ENV_FEATURES_ECX,
+    HASWELL_ECX,
+    UC_CPU,
+    Env,
+)
 
 __all__ = ["layout_holds"]
 
@@ -55,6 +65,8 @@ def _compare(uc: ctypes.c_void_p, handle: int) -> bool:
         if ctypes.c_uint64.from_address(cpu + CPU_ICOUNT_DECR).value >> 12 < 1:
             return False
         env = cpu + CPU_TO_ENV
+        if ctypes.c_uint64.from_address(env + ENV_FEATURES_ECX).value != HASWELL_ECX:
+            return False
         for n, (register, offset) in enumerate(_PROBES):
             pattern = 0x1122_3344_0000_1000 + 0x1111 * n if register != _x86.UC_X86_REG_CR2 else 0x1234_5000
             value.value = pattern
