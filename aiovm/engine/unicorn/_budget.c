@@ -237,6 +237,15 @@ static void on_translate(void *uc, block *now, block *before, void *data)
         mark(data, uc, now->pc + now->size - 1);
 }
 
+/* The core fits its TLB's size to the last tenth of a second of the host's clock, and a guest that leaves stale entries
+ * sees which ones were lost. A window that began in the far future never ends: the size follows the guest alone. */
+static void pin_sizes(budget *b)
+{
+    enum { TABLES = 3, BEGIN = 0x820, STRIDE = 0x2b8 };
+    for (int i = 0; i < TABLES; i++)
+        *(int64_t *)((char *)b->tlb - BEGIN + i * STRIDE) = INT64_MAX / 2;
+}
+
 /* The core's page walk, and then: a page without code is not executable for data's sake. The first fetch from a page
  * makes it one with code, and whatever is known of it under other addresses is forgotten. */
 static bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from)
@@ -250,6 +259,7 @@ static bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, 
         return false;
     if (!b || b->cpu != cpu)
         return true;
+    pin_sizes(b); /* here, as nothing runs after a flush without coming by */
     table = &b->tlb[mmu];
     entry = (tlb_entry *)(table->entries + (address >> 6 & table->mask));
     page = entry->physical >> 12;

@@ -16,7 +16,7 @@ Rules (both hooks follow them; tests compare them):
 * A page that holds no code is filled into the TLB without the right to execute when data is what it is wanted for:
   the core would send each store to an executable page through a slow path, four to twenty times as long. The C hook
   does so by standing before the core's page walk (:meth:`Budget.spare_stores`); guests cannot see it, so there is no
-  twin.
+  twin. From there it also keeps the host's clock out of the TLB's size.
 
 ``NATIVE`` says whether the C extension was built.
 """
