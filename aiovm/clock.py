@@ -27,6 +27,7 @@ from collections import deque
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Final, Protocol
 
+from aiovm.errors import StateError
 from aiovm.units import SEC
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Clock(Protocol):
     epoch_ns: int
 
     def now(self) -> int: ...
+    def set_now(self, now: int, epoch_ns: int) -> None: ...
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer: ...
     def push(self, deadline: int, timer: Timer) -> None: ...
     def horizon(self) -> int: ...
@@ -212,6 +214,13 @@ class VirtualClock:
         value: int = self.cells[0]
         return value
 
+    def set_now(self, now: int, epoch_ns: int) -> None:
+        """Go on from a saved moment. Nobody may wait for a time meanwhile."""
+        if any(timer.callback is not None for _, _, timer in self._heap):
+            raise StateError("the clock cannot be set while somebody waits for a time")
+        self.cells[0] = now
+        self.epoch_ns = epoch_ns
+
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         """Run ``callback()`` at ``deadline`` (ns)."""
         timer = Timer(deadline, callback)
@@ -329,6 +338,13 @@ class WallClock:
     def now(self) -> int:
         """Nanoseconds since the clock was made."""
         return time.monotonic_ns() - self.base_ns
+
+    def set_now(self, now: int, epoch_ns: int) -> None:
+        """Go on from a saved moment, at the wall time that it really is. Nobody may wait for a time meanwhile."""
+        if any(timer.callback is not None for _, _, timer in self._heap):
+            raise StateError("the clock cannot be set while somebody waits for a time")
+        self.base_ns = time.monotonic_ns() - now
+        self.epoch_ns = time.time_ns() - now
 
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         """Run ``callback()`` on the loop at ``deadline`` (ns), never early."""

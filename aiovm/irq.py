@@ -35,6 +35,10 @@ class IrqLine:
             if self._sink is not None:
                 self._sink(level)
 
+    def restore(self, level: bool) -> None:
+        """Take over a saved level; who listens has a state of its own, and is not told."""
+        self._level = level
+
     def pulse(self) -> None:
         """Drive the line high, then low: one edge."""
         self.set(True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from aiovm.clock import Alarm, Timer, VirtualClock, WallClock
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
     from contextvars import Context
 
-__all__ = ["Host", "VirtualLoop", "run", "run_wall"]
+__all__ = ["Host", "HostState", "VirtualLoop", "run", "run_wall"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -139,6 +140,17 @@ def run_wall(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """A host at rest: the policy and what it remembers, the generator's words, and the accounts of each CPU."""
+
+    policy: str
+    policy_state: dict[str, list[int]]
+    random: list[int]
+    busy_ns: list[int]
+    switches: list[int]
+
+
 class Host:
     """``pcpus`` physical CPUs under ``policy``. Make it on a running loop.
 
@@ -177,6 +189,29 @@ class Host:
             clock.lookahead = self.costs.quantum_ns
         if isinstance(loop, VirtualLoop):
             loop.describe = self.describe
+
+    def save(self) -> HostState:
+        """The scheduler's state while every thread is blocked; the threads' own is each machine's."""
+        _version, words, gauss = self.random.getstate()
+        if gauss is not None or any(pcpu.load for pcpu in self.pcpus):
+            raise StateError("a host is saved while nobody runs on it and nobody waits for a CPU")
+        return HostState(
+            self.policy.name,
+            self.policy.save(),
+            list(words),
+            [pcpu.busy_ns for pcpu in self.pcpus],
+            [pcpu.switches for pcpu in self.pcpus],
+        )
+
+    def restore(self, state: HostState) -> bool:
+        """Take over a saved state; False when this host is another: its policy's name or number of CPUs differ."""
+        if self.policy.name != state.policy or len(self.pcpus) != len(state.busy_ns):
+            return False
+        self.random.setstate((self.random.VERSION, tuple(state.random), None))
+        self.policy.restore(state.policy_state, self.threads)
+        for pcpu, busy_ns, switches in zip(self.pcpus, state.busy_ns, state.switches, strict=True):
+            pcpu.busy_ns, pcpu.switches = busy_ns, switches
+        return True
 
     def register_machine(self, machine: object) -> int:
         """A machine joins; its number on this host."""

@@ -79,6 +79,9 @@ class Machine(Protocol):
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         """Run ``callback`` at ``deadline`` while no slice of this machine runs."""
 
+    def post(self, deadline: int, callback: Callable[[], object]) -> None:
+        """As :meth:`call_at` for what is on its way between CPUs and chips, and cannot be taken back."""
+
     def deliver_ipi(self, source: Vcpu, message: IpiMessage) -> None:
         """Carry an interrupt command to its targets, after the time that takes."""
 

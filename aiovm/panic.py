@@ -10,14 +10,24 @@ Source: ``kernel/panic.c`` of Linux 6.1 (the words are the same since 4.4). Not 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-__all__ = ["PanicWatch"]
+__all__ = ["PanicState", "PanicWatch"]
 
 _BEGIN = re.compile(rb"(?:\[ *\d+\.\d+\](?:\[ *\w+\])? )?Kernel panic - not syncing: (.*)")
 _END = b"---[ end Kernel panic"
 _LINE_FEED = 10
 _LONGEST = 1024
 _MOST_LINES = 60
+
+
+@dataclass(frozen=True, slots=True)
+class PanicState:
+    """The line that has begun, why the kernel panicked (or None), and the lines since."""
+
+    line: bytes
+    message: str | None
+    lines: tuple[str, ...]
 
 
 class PanicWatch:
@@ -30,6 +40,16 @@ class PanicWatch:
         self._lines: list[str] = []
         #: Why the kernel panicked, or None.
         self.message: str | None = None
+
+    def save(self) -> PanicState:
+        """A copy of what was seen."""
+        return PanicState(bytes(self._line), self.message, self.lines)
+
+    def restore(self, state: PanicState) -> None:
+        """Take over a saved state."""
+        self._line[:] = state.line
+        self.message = state.message
+        self._lines[:] = state.lines
 
     def put(self, byte: int) -> bool:
         """One byte of output; whether the kernel has just said its last word."""

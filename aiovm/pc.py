@@ -28,22 +28,24 @@ line is always on), PCI, a display, a keyboard, disks; parallel port, second ser
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from aiovm.acpi import PM_BASE, RESET_PORT, S5_TYPE, SCI
-from aiovm.devices.acpi_pm import AcpiPm
-from aiovm.devices.cmos_rtc import CmosRtc
-from aiovm.devices.fw_cfg import FwCfg
-from aiovm.devices.hpet import HPET_BASE, Hpet
-from aiovm.devices.i8042 import I8042
-from aiovm.devices.ioapic import IOAPIC_BASE, IoApic
-from aiovm.devices.pc_testdev import PcTestdev
-from aiovm.devices.pic8259 import Pic8259
-from aiovm.devices.pit8254 import Pit8254
-from aiovm.devices.port92 import Port92
-from aiovm.devices.reset_control import ResetControl
-from aiovm.devices.uart16550 import Uart16550
+from aiovm.devices.acpi_pm import AcpiPm, AcpiPmState
+from aiovm.devices.cmos_rtc import CmosRtc, CmosRtcState
+from aiovm.devices.fw_cfg import FwCfg, FwCfgState
+from aiovm.devices.hpet import HPET_BASE, Hpet, HpetState
+from aiovm.devices.i8042 import I8042, I8042State
+from aiovm.devices.ioapic import IOAPIC_BASE, IoApic, IoApicState
+from aiovm.devices.pc_testdev import PcTestdev, PcTestdevState
+from aiovm.devices.pic8259 import Pic8259, Pic8259State
+from aiovm.devices.pit8254 import Pit8254, Pit8254State
+from aiovm.devices.port92 import Port92, Port92State
+from aiovm.devices.reset_control import ResetControl, ResetControlState
+from aiovm.devices.uart16550 import Uart16550, Uart16550State
 from aiovm.devices.window import Window
+from aiovm.errors import ConfigError
 from aiovm.irq import IrqLine
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from aiovm.memory import GuestMemory
     from aiovm.vcpu import Vcpu
 
-__all__ = ["Pc"]
+__all__ = ["Pc", "PcState"]
 
 _MIB = 1 << 20
 _TIMER_GSI, _TIMER_PIN = 0, 2
@@ -82,6 +84,7 @@ class _Board(Protocol):
     @property
     def vcpus(self) -> Sequence[Vcpu]: ...
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer: ...
+    def post(self, deadline: int, callback: Callable[[], object]) -> None: ...
     def deliver_message(self, message: IpiMessage) -> int: ...
     def end(self, reason: str, status: int) -> None: ...
 
@@ -113,10 +116,34 @@ class _Alarm:
             self._timer.cancel()
             self._timer = None
 
+    def rearm(self) -> None:
+        """The same deadline, behind those that were armed before now."""
+        self.disarm()
+        self.arm()
+
     def _ring(self) -> None:
         self._timer = None
         self._chip.advance(self._board.clock.now())
         self.arm()
+
+
+@dataclass(frozen=True, slots=True)
+class PcState:
+    """Every chip, and the levels of all wires in the order in which they were laid."""
+
+    pic: Pic8259State
+    ioapic: IoApicState
+    pit: Pit8254State
+    rtc: CmosRtcState
+    hpet: HpetState
+    serial: Uart16550State
+    acpi_pm: AcpiPmState
+    i8042: I8042State
+    port92: Port92State
+    reset_control: ResetControlState
+    fw_cfg: FwCfgState
+    testdev: PcTestdevState
+    wires: list[bool]
 
 
 class Pc:
@@ -130,8 +157,11 @@ class Pc:
         on_room: Callable[[], None],
     ) -> None:
         self._board = board
+        self._wires: list[IrqLine] = []
         self.pic = Pic8259(
-            IrqLine(self._intr), on_acknowledge=self._isa_acknowledged, on_mask=self._timer_masked(_TIMER_GSI)
+            self._wire(IrqLine(self._intr)),
+            on_acknowledge=self._isa_acknowledged,
+            on_mask=self._timer_masked(_TIMER_GSI),
         )
         self.ioapic = IoApic(
             board.deliver_message,
@@ -193,6 +223,39 @@ class Pc:
         """``chip`` was touched from the host's side."""
         self._alarms[chip].arm()
 
+    def rearm_all(self) -> None:
+        """Every chip's deadline anew, in the order in which they were registered."""
+        for alarm in self._alarms.values():
+            alarm.rearm()
+
+    def save(self) -> PcState:
+        """A copy of every chip's state."""
+        return PcState(
+            self.pic.save(), self.ioapic.save(), self.pit.save(), self.rtc.save(), self.hpet.save(),
+            self.serial.save(), self.acpi_pm.save(), self.i8042.save(), self.port92.save(), self.reset_control.save(),
+            self.fw_cfg.save(), self.testdev.save(), [wire.level for wire in self._wires],
+        )  # fmt: skip
+
+    def restore(self, state: PcState) -> None:
+        """Take over a saved state; deadlines are armed by :meth:`rearm_all`."""
+        if len(state.wires) != len(self._wires):
+            raise ConfigError(f"the saved machine has {len(state.wires)} interrupt wires, this one {len(self._wires)}")
+        # Wires first: a chip then finds its own as it left it, and no interrupt is raised anew.
+        for wire, level in zip(self._wires, state.wires, strict=True):
+            wire.restore(level)
+        self.hpet.restore(state.hpet)
+        self.pit.restore(state.pit)
+        self.rtc.restore(state.rtc)
+        self.serial.restore(state.serial)
+        self.acpi_pm.restore(state.acpi_pm)
+        self.i8042.restore(state.i8042)
+        self.port92.restore(state.port92)
+        self.reset_control.restore(state.reset_control)
+        self.fw_cfg.restore(state.fw_cfg)
+        self.testdev.restore(state.testdev)
+        self.pic.restore(state.pic)
+        self.ioapic.restore(state.ioapic)
+
     def disarm(self) -> None:
         """The machine is gone: nobody waits for its chips."""
         for alarm in self._alarms.values():
@@ -202,21 +265,25 @@ class Pc:
 
     def new_line(self, gsi: int) -> IrqLine:
         """A device's own wire to ``gsi``: the I/O APIC's pin and, below 16 but for the cascade, the 8259's."""
-        pin = self.ioapic.new_line(_TIMER_PIN if gsi == _TIMER_GSI else gsi)
+        pin = self._wire(self.ioapic.new_line(_TIMER_PIN if gsi == _TIMER_GSI else gsi))
         if gsi >= 16 or gsi == _TIMER_PIN:
             return pin
-        isa = self.pic.new_line(gsi)
+        isa = self._wire(self.pic.new_line(gsi))
 
         def sink(level: bool) -> None:
             isa.set(level)
             pin.set(level)
 
-        return IrqLine(sink)
+        return self._wire(IrqLine(sink))
+
+    def _wire(self, line: IrqLine) -> IrqLine:
+        self._wires.append(line)
+        return line
 
     def _replaceable(self, gsi: int) -> IrqLine:
         """A wire that the HPET's legacy replacement cuts."""
         line = self.new_line(gsi)
-        return IrqLine(lambda level: line.set(level and not self._hpet_replaces))
+        return self._wire(IrqLine(lambda level: line.set(level and not self._hpet_replaces)))
 
     def _set_hpet_replaces(self, replaces: bool) -> None:
         self._hpet_replaces = replaces
@@ -228,7 +295,7 @@ class Pc:
         board = self._board
         for vcpu in board.vcpus:
             if vcpu.apic.accepts_extint():
-                board.call_at(board.clock.now(), vcpu.notice_extint)
+                board.post(board.clock.now(), vcpu.notice_extint)
                 return
 
     def pending(self, vcpu: Vcpu) -> bool:
@@ -267,7 +334,7 @@ class Pc:
         board = self._board
         for vcpu in board.vcpus:
             if vcpu.apic.lint0_is_nmi:
-                board.call_at(board.clock.now(), vcpu.inject_nmi)
+                board.post(board.clock.now(), vcpu.inject_nmi)
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

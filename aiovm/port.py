@@ -339,11 +339,11 @@ class VcpuPort:
             return 0
         if number == HypercallNumber.KICK_CPU:
             apic_id = args[1]
-            vm.call_at(vm.clock.now(), lambda: vm.pv_kick(self.vcpu, apic_id))
+            vm.post(vm.clock.now(), lambda: vm.pv_kick(self.vcpu, apic_id))
             return 0
         if number == HypercallNumber.SCHED_YIELD:
             apic_id = args[0]
-            vm.call_at(vm.clock.now(), lambda: vm.pv_sched_yield(self.vcpu, apic_id))
+            vm.post(vm.clock.now(), lambda: vm.pv_sched_yield(self.vcpu, apic_id))
             return 0
         return vm.hypercall(self.vcpu, number, args)
 

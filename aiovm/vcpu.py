@@ -155,7 +155,7 @@ class Vcpu(VcpuIoctls):
         self.ia32_misc_enable_msr = 0
         #: KVM_TPR_ACCESS_REPORTING: the guest's accesses to its TPR register leave, once they are done.
         self.tpr_access_reporting = False
-        self._tpr_access: TprAccess | None = None
+        self.tpr_access: TprAccess | None = None
         self.pv = Paravirt(vm.memory, vm.kvmclock, vcpu_id=vcpu_id)
         self.steal = self.pv.steal
         self.ple = PleWindow()
@@ -176,9 +176,9 @@ class Vcpu(VcpuIoctls):
         self.on_slice: Callable[[Vcpu, int, int], None] | None = None
         #: Says whether this vCPU holds a lock of the guest's, where the guest keeps such a word.
         self.lock_probe: Callable[[Vcpu], bool] | None = None
-        self._yielded = False
+        self.yielded = False
         #: ns of the host's own work on this CPU that virtual time has yet to see.
-        self._owed = 0
+        self.owed_ns = 0
 
     # ---- the face that other vCPUs, chips and the host see -----------------------------------------------------
 
@@ -310,7 +310,7 @@ class Vcpu(VcpuIoctls):
 
     def report_tpr_access(self, *, is_write: bool) -> None:
         """The guest touched its TPR register, and the program wants to hear of it; from inside a slice."""
-        self._tpr_access = TprAccess(self.context.state.rip, is_write)
+        self.tpr_access = TprAccess(self.context.state.rip, is_write)
         self.make_request(Request.REPORT_TPR_ACCESS)
         self.vm.clock.lower_limit(self.vm.clock.now())
 
@@ -498,14 +498,14 @@ class Vcpu(VcpuIoctls):
                 self.immediate_exit = False
                 self.stat.signal_exits += 1
                 return Interrupted()
-            if self._owed:
-                owed, self._owed = self._owed, 0
+            if self.owed_ns:
+                owed, self.owed_ns = self.owed_ns, 0
                 await thread.alarm.until(clock.now() + owed)
-            if thread.resched and host.preempt(thread, yielded=self._yielded):
+            if thread.resched and host.preempt(thread, yielded=self.yielded):
                 await thread.alarm
                 if not self._runs_ahead:
                     await vm.between_slices()
-            self._yielded = self.in_spin_loop = self.dy_eligible = False
+            self.yielded = self.in_spin_loop = self.dy_eligible = False
 
     def _service_requests(self) -> Exit | None:
         """``vcpu_enter_guest``'s first part, in 6.16's order; an exit when one of them leaves."""
@@ -515,8 +515,8 @@ class Vcpu(VcpuIoctls):
             return Shutdown("the machine is dead")
         if check(Request.TLB_FLUSH) | check(Request.TLB_FLUSH_GUEST):
             self.context.flush_tlb()
-        if check(Request.REPORT_TPR_ACCESS) and self._tpr_access is not None:
-            return self._tpr_access
+        if check(Request.REPORT_TPR_ACCESS) and self.tpr_access is not None:
+            return self.tpr_access
         if check(Request.TRIPLE_FAULT):
             return Shutdown()
         self.service_paravirt()
@@ -545,7 +545,7 @@ class Vcpu(VcpuIoctls):
             for vcpu in self.vm.vcpus:
                 vcpu.make_request(Request.CLOCK_UPDATE)
                 if vcpu is not self:
-                    self.vm.call_at(now, vcpu.kick)
+                    self.vm.post(now, vcpu.kick)
         if check(Request.GLOBAL_CLOCK_UPDATE) | check(Request.CLOCK_UPDATE):
             snapshot = self.vm.kvmclock.snapshot(now)
             self.vm.read_tsc()  # nobody's TSC may be behind a published timestamp
@@ -610,7 +610,7 @@ class Vcpu(VcpuIoctls):
         outcome = on_spin(vm.vcpus, self.index, vm.last_boosted_vcpu, self._yield_to, vm.spin_options)
         self.stat.directed_yield_attempted += outcome.tries
         if vm.clock.is_virtual:
-            self._owed += outcome.tries * vm.costs.yield_ns
+            self.owed_ns += outcome.tries * vm.costs.yield_ns
         # KVM works, and its yield sleeps, inside the handler: for its siblings this vCPU spins until it runs again.
         self.in_spin_loop = outcome.tries > 0
         if outcome.target >= 0:
@@ -621,7 +621,7 @@ class Vcpu(VcpuIoctls):
         """``kvm_vcpu_yield_to``: 1 done, 0 no use, -1 nobody else is ready."""
         target = self.vm.vcpus[index]
         answer = 0 if target.pid is None else self.vm.host.yield_to(self.thread, target.thread)
-        self._yielded = self._yielded or answer > 0
+        self.yielded = self.yielded or answer > 0
         trace = self.vm.trace
         if trace.on:
             trace.emit(self.vm.clock.now(), Kind.YIELD, self.thread.number, target.thread.number, answer)

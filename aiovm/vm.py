@@ -44,6 +44,7 @@ from aiovm.memory import GuestMemory, MemoryMap
 from aiovm.panic import PanicWatch
 from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
 from aiovm.pc import Pc
+from aiovm.snapshot import check_host, put, take
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
 from aiovm.tsc import ns_to_tsc, tsc_to_ns
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
     from aiovm.backends.base import Backend
     from aiovm.engine.base import Context
+    from aiovm.snapshot import Snapshot
 
 __all__ = ["LifeEvent", "LifeState", "Outcome", "Vm"]
 
@@ -74,6 +76,7 @@ class LifeState(enum.Enum):
     NEW = "new"
     LOADED = "loaded"
     RUNNING = "running"
+    PAUSED = "paused"
     ENDED = "ended"
     CLOSED = "closed"
 
@@ -83,6 +86,8 @@ class LifeEvent(enum.Enum):
 
     LOAD = "load"
     RUN = "run"
+    PAUSE = "pause"
+    RESUME = "resume"
     END = "end"
     CLOSE = "close"
 
@@ -90,7 +95,8 @@ class LifeEvent(enum.Enum):
 LIFE: dict[LifeState, dict[LifeEvent, LifeState]] = {
     LifeState.NEW: {LifeEvent.LOAD: LifeState.LOADED, LifeEvent.CLOSE: LifeState.CLOSED},
     LifeState.LOADED: {LifeEvent.RUN: LifeState.RUNNING, LifeEvent.CLOSE: LifeState.CLOSED},
-    LifeState.RUNNING: {LifeEvent.END: LifeState.ENDED},
+    LifeState.RUNNING: {LifeEvent.PAUSE: LifeState.PAUSED, LifeEvent.END: LifeState.ENDED},
+    LifeState.PAUSED: {LifeEvent.RESUME: LifeState.RUNNING, LifeEvent.END: LifeState.ENDED},
     LifeState.ENDED: {LifeEvent.CLOSE: LifeState.CLOSED},
     LifeState.CLOSED: {LifeEvent.CLOSE: LifeState.CLOSED},
 }
@@ -159,11 +165,11 @@ class Vm:
         self.ports = Bus("port", 16)
         self.mmio = Bus("MMIO", 52)
         self._sink = console
-        self._panic = PanicWatch()
+        self.panic = PanicWatch()
         self.console = Console(
             soon=lambda ns, callback: self.call_at(self.clock.now() + ns, callback), send=self.feed_console
         )
-        self._typed = bytearray()
+        self.typed = bytearray()
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
 
         virtual = isinstance(self.clock, VirtualClock)
@@ -175,6 +181,11 @@ class Vm:
         self._baton = asyncio.Lock()
         self._worker = None if virtual else ThreadPoolExecutor(1, f"aiovm-{self.number}")
         self._loop_thread = threading.get_ident()
+        #: What is on its way between CPUs and chips; and who waits, paused.
+        self._in_flight = 0
+        self._parked: dict[int, asyncio.Future[None]] = {}
+        self._settled = asyncio.Event()
+        self._at_rest = False
         self.memory.on_change(self._may_change_memory)
         self.engine = UnicornEngine(
             self.memory,
@@ -312,11 +323,16 @@ class Vm:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._move(LifeEvent.END)
+            self._at_rest = False
+            self._settled.set()
 
     async def _drive(self, vcpu: Vcpu) -> None:
         """One vCPU's task: KVM_RUN again and again, as a VMM's thread does."""
         while not self._ended.done():
             exit_ = await vcpu.run()
+            if self.life is LifeState.PAUSED and isinstance(exit_, Interrupted):
+                await self._park(vcpu)
+                continue
             handler = self._handler(exit_)
             if handler is None:
                 self._answer(vcpu, exit_)
@@ -358,8 +374,8 @@ class Vm:
         """An exit that reached the embedding side."""
         rip, history = vcpu.context.state.rip, tuple(vcpu.history)
         match exit_:
-            case SystemEvent("panic" | "reset") if self._panic.message is not None:
-                raise GuestPanic(self._panic.message, lines=self._panic.lines, vcpu=vcpu.index, rip=rip)
+            case SystemEvent("panic" | "reset") if self.panic.message is not None:
+                raise GuestPanic(self.panic.message, lines=self.panic.lines, vcpu=vcpu.index, rip=rip)
             case SystemEvent(kind, status):
                 if self.trace.on:
                     self.trace.emit(self.clock.now(), Kind.END, vcpu.thread.number, status, rip)
@@ -371,6 +387,100 @@ class Vm:
                 raise EngineError(f"Unicorn error {number} ({message}) at RIP {rip:#x} of vCPU {vcpu.index}")
             case _:
                 raise UnhandledExit(f"nobody answers {exit_}", vcpu=vcpu.index, rip=rip, history=history)
+
+    async def pause(self) -> None:
+        """Every vCPU leaves ``run()``, as by a signal, and what is on its way arrives; :meth:`resume` goes on.
+
+        Time goes on meanwhile, and the chips with it. :class:`StateError` when the guest ends first.
+        """
+        self._move(LifeEvent.PAUSE)
+        await self.between_slices()
+        for vcpu in self.vcpus:
+            vcpu.immediate_exit = True
+            vcpu.kick()
+        while self._in_flight or len(self._parked) < len(self.vcpus):
+            if self.life is not LifeState.PAUSED:
+                raise StateError(f"the machine is {self.life.value} before it was paused")
+            self._settled.clear()
+            await self._settled.wait()
+        self._at_rest = True
+
+    async def _park(self, vcpu: Vcpu) -> None:
+        resumed = self._parked[vcpu.index] = asyncio.get_running_loop().create_future()
+        self._settled.set()
+        await resumed
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`. A guest with a paravirtual clock is told that it was stopped."""
+        self._move(LifeEvent.RESUME)
+        self._wake_up()
+        for index in sorted(self._parked):
+            self._parked[index].set_result(None)
+        self._parked.clear()
+
+    def _wake_up(self) -> None:
+        """Leave the rest, in the one order that a restored machine knows: every timer anew, no vCPU interrupted."""
+        self._at_rest = False
+        for vcpu in self.vcpus:
+            vcpu.immediate_exit = False
+            vcpu.disarm_timer()
+            vcpu.arm_timer()
+            if vcpu.pv.clock.enabled:
+                vcpu.kvmclock_ctrl()
+        self.pc.rearm_all()
+
+    @property
+    def has_virtio(self) -> bool:
+        """Whether there are virtio devices."""
+        return bool(self._backends)
+
+    def check_at_rest(self) -> None:
+        """Whether the machine can be saved: it is loaded and not started, or paused; :class:`StateError` if not."""
+        if self._at_rest:
+            return
+        if self.life is not LifeState.LOADED:
+            raise StateError(f"a machine that is {self.life.value} cannot be saved: await vm.pause() first")
+        if self._in_flight:
+            raise StateError("an interrupt is on its way: let time pass before the machine is saved")
+
+    def save(self) -> Snapshot:
+        """The whole machine as a value, while it is at rest (:mod:`aiovm.snapshot`)."""
+        return take(self)
+
+    @classmethod
+    def restore(
+        cls,
+        host: Host,
+        snapshot: Snapshot,
+        *,
+        console: Callable[[bytes], None] | None = None,
+        native: bool | None = None,
+        pointers: bool | None = None,
+    ) -> Self:
+        """The machine of ``snapshot``, ready to :meth:`run`, on a fresh ``host``, whose clock is set to its time.
+
+        In virtual time its future is the saved machine's if the host has as many CPUs, the same policy and costs.
+        """
+        check_host(host, snapshot)
+        host.clock.set_now(snapshot.now, snapshot.epoch_ns)
+        c = snapshot.config
+        vm = cls(
+            host, vcpus=c.vcpus, memory=c.memory, ple=c.ple, halt_poll_ns=c.halt_poll_ns,
+            features=KvmFeature(c.features), spin_options=c.spin_options, wall_slice_ns=c.wall_slice_ns, nodes=c.nodes,
+            console=console, native=native, pointers=pointers,
+        )  # fmt: skip
+        vm._move(LifeEvent.LOAD)
+        vm._at_rest = True
+        watched, vm.trace.on = vm.trace.on, False
+        try:
+            put(vm, snapshot)
+        except BaseException:
+            vm.close()
+            raise
+        finally:
+            vm.trace.on = watched
+        vm._wake_up()
+        return vm
 
     def end(self, reason: str, status: int) -> None:
         """The guest wants to end, from inside a slice."""
@@ -404,7 +514,7 @@ class Vm:
         self.console.put(data)
         if self._sink is not None:
             self._sink(data)
-        if self._panic.put(byte):
+        if self.panic.put(byte):
             self.end("panic", 0)
         return True
 
@@ -418,14 +528,14 @@ class Vm:
 
     def feed_console(self, data: bytes) -> None:
         """Input for the first serial port, as much as its FIFO takes now, the rest as the guest reads."""
-        self._typed.extend(data)
-        self.call_at(self.clock.now(), self._type)
+        self.typed.extend(data)
+        self.post(self.clock.now(), self._type)
 
     def _type(self) -> None:
         room = self.pc.serial.room
-        if room and self._typed:
-            taken = self.pc.serial.feed(bytes(self._typed[:room]), self.clock.now())
-            del self._typed[:taken]
+        if room and self.typed:
+            taken = self.pc.serial.feed(bytes(self.typed[:room]), self.clock.now())
+            del self.typed[:taken]
             self.pc.rearm(self.pc.serial)
 
     # ---- time --------------------------------------------------------------------------------------------------
@@ -444,6 +554,19 @@ class Vm:
         if self._worker is None:
             return self.clock.call_at(deadline, callback)
         return self.clock.call_at(deadline, lambda: self._enter(callback))
+
+    def post(self, deadline: int, callback: Callable[[], object]) -> None:
+        if self._at_rest:  # nobody runs who could see a difference, and nothing must be on its way
+            callback()
+            return
+        self._in_flight += 1
+        self.call_at(deadline, partial(self._land, callback))
+
+    def _land(self, callback: Callable[[], object]) -> None:
+        self._in_flight -= 1
+        callback()
+        if not self._in_flight:
+            self._settled.set()
 
     def _enter(self, callback: Callable[[], object]) -> None:
         """On the wall clock: now if no slice runs, else as soon as the kicked slice has ended."""
@@ -524,7 +647,7 @@ class Vm:
                 self._accept(source, target, message)
                 source.port.update_irq_window()
             else:
-                self.call_at(self.clock.now() + self.costs.ipi_ns, partial(self._accept, source, target, message))
+                self.post(self.clock.now() + self.costs.ipi_ns, partial(self._accept, source, target, message))
         return len(targets)
 
     def _accept(self, source: Vcpu | None, target: Vcpu, message: IpiMessage) -> None:
@@ -544,7 +667,7 @@ class Vm:
         targets = self.apic_map.targets(message, None)
         now = self.clock.now()
         for index in targets:
-            self.call_at(now, partial(self._accept, None, self.vcpus[index], message))
+            self.post(now, partial(self._accept, None, self.vcpus[index], message))
         return len(targets) or -1
 
     def broadcast_eoi(self, vector: int, *, level: bool) -> None:

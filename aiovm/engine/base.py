@@ -11,6 +11,7 @@ engines behind this one protocol; the scheduler and the vCPU know no other.
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -20,7 +21,18 @@ if TYPE_CHECKING:
     from aiovm.exits import Exit
     from aiovm.kvm_structs import KvmFpu
 
-__all__ = ["Context", "CpuState", "DescriptorTable", "Engine", "GuestPort", "Reg", "Registers", "Seg", "Segment"]
+__all__ = [
+    "Context",
+    "ContextState",
+    "CpuState",
+    "DescriptorTable",
+    "Engine",
+    "GuestPort",
+    "Reg",
+    "Registers",
+    "Seg",
+    "Segment",
+]
 
 
 class Reg(enum.IntEnum):
@@ -100,6 +112,21 @@ class DescriptorTable(NamedTuple):
 
     base: int
     limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContextState:
+    """One vCPU's place in an engine, saved: ``registers`` are the engine's own bytes, which another build may refuse.
+
+    ``carried``: what the pause-loop window and the charge for code had come to. The rest is as the attributes say.
+    """
+
+    registers: bytes
+    flags_changed: bool
+    carried: tuple[int, int, int]
+    window: bool
+    nmi_window: bool
+    ple_window: int
 
 
 class Registers(Protocol):
@@ -253,6 +280,8 @@ class Context(Protocol):
     def write_msr(self, index: int, value: int) -> None:
         """Store an MSR that the core holds; the caller has checked the value."""
 
+    def save(self) -> ContextState: ...
+    def restore(self, state: ContextState) -> None: ...
     def get_fpu(self) -> KvmFpu: ...
     def set_fpu(self, fpu: KvmFpu) -> None: ...
 

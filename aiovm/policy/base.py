@@ -70,6 +70,15 @@ class Policy:
     def start(self, host: PolicyHost) -> None:
         """Called after :meth:`attach`, for policies that act by themselves."""
 
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, list[int]]:
+        """What the policy remembers while every thread is blocked; threads by number, -1 for none."""
+        return {}
+
+    def restore(self, state: dict[str, list[int]], threads: Sequence[Thread]) -> None:
+        """Take over what :meth:`save` gave."""
+
     # ---- questions ---------------------------------------------------------------------------------------------
 
     def select_pcpu(self, thread: Thread, now: int) -> Pcpu:

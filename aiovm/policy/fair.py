@@ -53,6 +53,18 @@ class Fair(Policy):
         self._next = [None] * len(pcpus)
         self._skip = [None] * len(pcpus)
 
+    def save(self) -> dict[str, list[int]]:
+        return {
+            "floor": self._floor.copy(),
+            "next": [-1 if thread is None else thread.number for thread in self._next],
+            "skip": [-1 if thread is None else thread.number for thread in self._skip],
+        }
+
+    def restore(self, state: dict[str, list[int]], threads: Sequence[Thread]) -> None:
+        self._floor = state["floor"].copy()
+        self._next = [None if number < 0 else threads[number] for number in state["next"]]
+        self._skip = [None if number < 0 else threads[number] for number in state["skip"]]
+
     def woke(self, thread: Thread, pcpu: Pcpu, now: int) -> None:
         if thread.pcpu_index >= 0 and thread.pcpu_index != pcpu.index:
             self._move(thread, self.pcpus[thread.pcpu_index], pcpu, now)

@@ -16,6 +16,8 @@ from aiovm.policy.base import Policy, Requeue
 from aiovm.policy.thread import ThreadState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiovm.policy.base import PolicyHost
     from aiovm.policy.thread import Pcpu, Thread
 
@@ -47,6 +49,16 @@ class Gang(Policy):
     def added(self, thread: Thread) -> None:
         self._threads.append(thread)
         self._stale = True
+
+    def save(self) -> dict[str, list[int]]:
+        return {"slot": [self._active, self._slot_end, int(self._armed)]}
+
+    def restore(self, state: dict[str, list[int]], threads: Sequence[Thread]) -> None:
+        self._active, self._slot_end, armed = state["slot"]
+        self._lay_out()
+        if armed and not self._armed:
+            self._host.call_at(self._slot_end, self._slot_over)
+        self._armed = bool(armed)
 
     # ---- the matrix --------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from aiovm.policy.fair import Fair
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiovm.policy.thread import Thread
 
 __all__ = ["NeverPreemptHolder"]
@@ -41,6 +43,15 @@ class NeverPreemptHolder(Fair):
         self.retry_ns = retry_ns
         self.patience_ns = patience_ns
         self._asked: dict[int, int] = {}
+
+    def save(self) -> dict[str, list[int]]:
+        asked = sorted(self._asked.items())
+        return {**super().save(), "asked": [number for pair in asked for number in pair]}
+
+    def restore(self, state: dict[str, list[int]], threads: Sequence[Thread]) -> None:
+        super().restore(state, threads)
+        flat = state["asked"]
+        self._asked = dict(zip(flat[::2], flat[1::2], strict=True))
 
     def may_preempt(self, current: Thread, now: int) -> int:
         if not current.notifier.holds_lock():

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from aiovm.policy.base import Policy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiovm.policy.thread import Pcpu, Thread
 
 __all__ = ["Random"]
@@ -20,6 +22,13 @@ class Random(Policy):
     def __init__(self, *, slice_ns: int = 6_000_000, jitter: int = 100) -> None:
         super().__init__(slice_ns=slice_ns, jitter=jitter)
         self._boosted: Thread | None = None
+
+    def save(self) -> dict[str, list[int]]:
+        return {"boosted": [-1 if self._boosted is None else self._boosted.number]}
+
+    def restore(self, state: dict[str, list[int]], threads: Sequence[Thread]) -> None:
+        (number,) = state["boosted"]
+        self._boosted = None if number < 0 else threads[number]
 
     def pick(self, pcpu: Pcpu, now: int) -> Thread | None:
         queue = pcpu.queue

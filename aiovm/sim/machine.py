@@ -174,6 +174,9 @@ class SimMachine:
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         return self.clock.call_at(deadline, callback)
 
+    def post(self, deadline: int, callback: Callable[[], object]) -> None:
+        self.clock.call_at(deadline, callback)
+
     # ---- interrupts and hypercalls -----------------------------------------------------------------------------------
 
     def send_ipi(self, source: Vcpu, index: int, vector: int) -> None:

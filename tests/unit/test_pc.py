@@ -40,6 +40,9 @@ class Board:
     def call_at(self, deadline, callback):
         return self.clock.call_at(deadline, callback)
 
+    def post(self, deadline, callback):
+        self.clock.call_at(deadline, callback)
+
     def deliver_message(self, message):
         self.messages.append(message.vector)
         return 1

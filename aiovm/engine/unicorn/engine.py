@@ -24,7 +24,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Final
 
-from aiovm.engine.base import Reg, Seg, Segment
+from aiovm.engine.base import ContextState, Reg, Seg, Segment
 from aiovm.engine.unicorn import lib
 from aiovm.engine.unicorn.budget import NATIVE, Budget
 from aiovm.engine.unicorn.claims import READ_REFUSED, Claims
@@ -51,6 +51,7 @@ from aiovm.engine.unicorn.layout import (
 )
 from aiovm.engine.unicorn.state import EnvState
 from aiovm.engine.unicorn.syscall import syscall, sysenter
+from aiovm.errors import ConfigError
 from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
 from aiovm.memory import PAGE, GuestMemory, MemoryMap, SlotFlags
 
@@ -225,6 +226,28 @@ class UnicornContext:
             self._state.d[MSRS[index] >> 2] = value & _M32
         else:
             self._state.q[MSRS[index] >> 3] = value
+
+    def save(self) -> ContextState:
+        """A copy. Whoever runs next begins with an empty TLB, as after :meth:`restore`."""
+        if self.engine.current is self:
+            self.engine.unload()
+        state = self._state
+        state.paging_changed = True
+        return ContextState(
+            bytes(self.buffer), state.flags_changed, self.carried, self.window, self.nmi_window, self.ple_window
+        )
+
+    def restore(self, state: ContextState) -> None:
+        """Take over a saved state."""
+        if len(state.registers) != ENV_END:
+            raise ConfigError(f"a saved CPU is {ENV_END:#x} bytes, not {len(state.registers):#x}")
+        if self.engine.current is self:
+            self.engine.unload()
+        self.buffer[:] = state.registers
+        self._state.flags_changed = state.flags_changed
+        self._state.paging_changed = True
+        self.carried = state.carried
+        self.window, self.nmi_window, self.ple_window = state.window, state.nmi_window, state.ple_window
 
     def get_fpu(self) -> KvmFpu:
         return read_fpu(self)
@@ -534,6 +557,15 @@ class UnicornEngine:
     def serve_cr3(self, width: int) -> None:
         """Load CR3 without asking the port where that is possible: see :meth:`Budget.serve_cr3`."""
         self.budget.serve_cr3(width, self.costs.exit_ns)
+
+    @property
+    def tsc_last(self) -> int:
+        """What any vCPU has seen of the machine's counter."""
+        return self.budget.struct.tsc_last
+
+    @tsc_last.setter
+    def tsc_last(self, value: int) -> None:
+        self.budget.struct.tsc_last = value
 
     def latest_tsc(self, tsc: int) -> int:
         """The machine's counter is ``tsc``, or what some CPU has seen of it already."""
