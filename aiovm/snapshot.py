@@ -84,13 +84,14 @@ class SlotImage:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A machine. ``pcpus``, ``policy``, ``seed``, ``costs``: of the host it ran on, to make one like it."""
+    """A machine. ``pcpus`` to ``costs``: of the host it ran on, to make one like it."""
 
     engine: str
     now: int
     epoch_ns: int
     pcpus: int
     policy: str
+    slice_ns: int
     seed: int
     costs: Costs
     host: HostState | None
@@ -118,6 +119,7 @@ def take(vm: Vm) -> Snapshot:
         epoch_ns=vm.clock.epoch_ns,
         pcpus=len(host.pcpus),
         policy=host.policy.name,
+        slice_ns=host.policy.slice_ns,
         seed=host.seed,
         costs=host.costs,
         host=host.save() if len(host.machines) == 1 else None,

@@ -14,9 +14,10 @@ import typer
 
 from aiovm.cli.console import keyboard, open_output
 from aiovm.cli.files import check_writable, write_file
+from aiovm.cli.snapshots import given, host_like, open_snapshot, save_time, saving
 from aiovm.cli.status import OK
 from aiovm.errors import ConfigError, DeadlockError, TimeoutExpired
-from aiovm.loaders import read_modules
+from aiovm.loaders import Module, read_modules
 from aiovm.loop import Host, run, run_wall
 from aiovm.policy import by_name
 from aiovm.sinks import open_sinks
@@ -40,7 +41,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _run(
-    image: Annotated[Path, typer.Argument(help="The guest: Linux, Multiboot, ELF (32 or 64 bit), or a flat binary.")],
+    context: typer.Context,
+    image: Annotated[
+        Path | None, typer.Argument(help="The guest: Linux, Multiboot, ELF (32 or 64 bit), or a flat binary.")
+    ] = None,
     vcpus: Annotated[int, typer.Option(help="Virtual CPUs, 1 to 255.")] = 1,
     pcpus: Annotated[int | None, typer.Option(help="Physical CPUs they share. [default: as many as vCPUs]")] = None,
     memory: Annotated[str, typer.Option(help="Guest memory, as in 64M or 1G.")] = "64M",
@@ -58,6 +62,9 @@ def _run(
     console: Annotated[str, typer.Option(help="Where serial output goes: stdio, null or file:PATH.")] = "stdio",
     timeout: Annotated[str | None, typer.Option(help="Give up after this time on the chosen clock, as in 10s.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result and statistics here.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Save the whole machine here, at --save-at; it goes on.")] = None,
+    save_at: Annotated[str | None, typer.Option(help="When to save, on the guest's clock, as in 2s.")] = None,
+    restore: Annotated[Path | None, typer.Option(help="Go on from a saved machine, instead of an image.")] = None,
     trace: Annotated[str | None, typer.Option(help="Record to .pftrace (Perfetto), .json (Chrome) or .jsonl.")] = None,
 ) -> None:
     """Run a guest until it ends.
@@ -69,15 +76,22 @@ def _run(
     Example: aiovm run guest.elf --vcpus 4 --pcpus 2 --append "verbose=1"
 
     Example: aiovm run vmlinuz --initrd initrd.gz --memory 512M --append console=ttyS0 --clock wall
+
+    Example: aiovm run guest.elf --save half.snap --save-at 5ms; then aiovm run --restore half.snap
     """
     limit = None if timeout is None else parse_duration(timeout)
-    try:
-        data = image.read_bytes()
-        modules = read_modules(initrd)
-    except OSError as error:
-        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
-    if not data:
-        raise ConfigError(f"{image}: the image is empty")
+    saved = open_snapshot(context, image, restore)
+    when = save_time(save, save_at)
+    data = b""
+    modules: tuple[Module, ...] = ()
+    if image is not None:
+        try:
+            data = image.read_bytes()
+            modules = read_modules(initrd)
+        except OSError as error:
+            raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+        if not data:
+            raise ConfigError(f"{image}: the image is empty")
     if not -(1 << 63) <= seed < 1 << 63:
         raise ConfigError(f"bad seed {seed}: 64 bits at most")
     if json is not None:
@@ -90,15 +104,36 @@ def _run(
     if trace is not None:
         open_sinks(tracer, trace)
 
-    async def main() -> tuple[Outcome, dict[str, object]]:
+    def make() -> Vm:
+        if saved is not None:
+            host = host_like(
+                saved,
+                pcpus=pcpus,
+                policy=policy if given(context, "policy") else None,
+                slice_ns=parse_duration(slice_) if given(context, "slice_") else None,
+                seed=seed if given(context, "seed") else None,
+                trace=tracer,
+            )
+            return Vm.restore(host, saved, console=out)
         host = Host(
             max(vcpus, 1) if pcpus is None else pcpus,  # the machine says what is wrong with no vCPUs
             policy=by_name(policy, slice_ns=parse_duration(slice_)),
             seed=seed,
             trace=tracer,
         )
-        async with Vm(host, vcpus=vcpus, memory=parse_size(memory), ple=ple, nodes=nodes, console=out) as vm:
+        vm = Vm(host, vcpus=vcpus, memory=parse_size(memory), ple=ple, nodes=nodes, console=out)
+        assert image is not None
+        try:
             vm.load(data, name=image.name, cmdline=append, modules=modules, unpack=unpack)
+        except BaseException:
+            vm.close()
+            raise
+        return vm
+
+    async def main() -> tuple[Outcome, dict[str, object]]:
+        async with make() as vm, saving(vm, save, when):
+            host = vm.host
+            until = None if limit is None else host.clock.now() + limit
             task = asyncio.ensure_future(vm.run())
             left = False
 
@@ -113,8 +148,8 @@ def _run(
                 stalled = host.clock.is_idle
                 task.cancel()
 
-            if limit is not None:
-                host.clock.call_at(limit, expire)
+            if until is not None:
+                host.clock.call_at(until, expire)
             interactive = clock is _ClockName.WALL and console == "stdio"
             try:
                 with keyboard(vm.feed_console, leave) if interactive else nullcontext():
@@ -124,7 +159,7 @@ def _run(
                     return Outcome("left", OK, host.clock.now()), _statistics(vm, host)
                 if stalled:  # nothing but the limit was left to happen
                     raise DeadlockError(f"nothing can happen any more: {vm.describe()}") from None
-                if limit is not None and host.clock.now() >= limit:
+                if until is not None and host.clock.now() >= until:
                     raise TimeoutExpired(f"the guest is not done after {timeout}: {vm.describe()}") from None
                 raise
             return outcome, _statistics(vm, host)
