@@ -261,7 +261,10 @@ def test_bad_options(aiovm, options, says):
     assert re.search(says, one_line(lines))
 
 
-@pytest.mark.parametrize(("args", "says"), [(["run"], "Missing argument"), (["ruin"], "No such command 'ruin'")])
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [(["run"], "which guest? give an image, or a snapshot with --restore"), (["ruin"], "No such command 'ruin'")],
+)
 def test_usage(aiovm, args, says):
     status, out, lines = aiovm(*args)
     assert (status, out) == (2, "")
