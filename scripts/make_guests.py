@@ -15,9 +15,7 @@ packages give the same bytes.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
-import io
 import re
 import shutil
 import subprocess
@@ -26,7 +24,9 @@ from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
-__all__ = ["Archive", "main", "module_dependencies"]
+from aiovm.loaders.cpio import Archive
+
+__all__ = ["main", "module_dependencies"]
 
 _KERNEL = re.compile(r"linux-image-\S+-cloud-amd64$", re.MULTILINE)
 _MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_console", "vmw_vsock_virtio_transport")
@@ -49,53 +49,6 @@ done
 echo "up on $(nproc) CPUs"
 exec setsid cttyhack SHELL
 """
-
-
-class Archive:
-    """A cpio archive in the "newc" format, which Linux unpacks as its first root file system."""
-
-    def __init__(self) -> None:
-        self._out = io.BytesIO()
-        self._names: set[str] = set()
-
-    def add(self, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-        """One file; its directories come by themselves, the first of a name stays."""
-        parent = name.rpartition("/")[0]
-        if parent and parent not in self._names:
-            self.add(parent, 0o40755)
-        if name not in self._names:
-            self._names.add(name)
-            self._write(name, mode, data, device)
-
-    def add_tree(self, root: Path) -> None:
-        """Everything under ``root``, in order of names."""
-        for path in sorted(root.rglob("*")):
-            name = path.relative_to(root).as_posix()
-            if name.startswith(_SKIPPED_DIRECTORIES):
-                continue
-            if path.is_symlink():
-                self.add(name, 0o120777, str(path.readlink()).encode())
-            elif path.is_dir():
-                self.add(name, 0o40755)
-            else:
-                self.add(name, 0o100000 | path.stat().st_mode & 0o777, path.read_bytes())
-
-    def packed(self) -> bytes:
-        """The archive, compressed."""
-        out = io.BytesIO(self._out.getvalue())
-        out.seek(0, io.SEEK_END)
-        out.write(self._entry("TRAILER!!!", 0, b"", (0, 0), out.tell()))
-        return gzip.compress(out.getvalue(), 6, mtime=0)
-
-    def _write(self, name: str, mode: int, data: bytes, device: tuple[int, int]) -> None:
-        self._out.write(self._entry(name, mode, data, device, self._out.tell()))
-
-    def _entry(self, name: str, mode: int, data: bytes, device: tuple[int, int], at: int) -> bytes:
-        encoded = name.encode() + b"\0"
-        fields = (len(self._names), mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
-        entry = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
-        entry += bytes(-(at + len(entry)) % 4)
-        return entry + data + bytes(-len(data) % 4)
 
 
 def module_dependencies(path: Path) -> list[str]:
@@ -199,7 +152,7 @@ def main() -> int:
     small.add("bin/sh", 0o120777, b"/bbin/sh")
     large = _base(busybox, modules, "bash --norc")
     large.add("usr/bin/python3", 0o120777, python.removesuffix("-minimal").encode())
-    large.add_tree(work / "python")
+    large.add_tree(work / "python", without=_SKIPPED_DIRECTORIES)
     for name in ("bin", "lib", "lib64"):  # packages of merged releases know usr alone
         if not (work / "python" / name).exists():
             large.add(name, 0o120777, f"usr/{name}".encode())

@@ -11,6 +11,7 @@ import traceback
 
 import typer
 
+from aiovm.cli.linux_locks import register as register_linux_locks
 from aiovm.cli.locks import register as register_locks
 from aiovm.cli.paper import register as register_paper
 from aiovm.cli.run import register as register_run
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 register_run(app)
 register_locks(app)
+register_linux_locks(app)
 register_sim(app)
 register_sweep(app)
 register_paper(app)

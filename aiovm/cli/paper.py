@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _paper(
-    rows: Annotated[str | None, typer.Option(help="Which rows, as in 1,2,A. [default: all]")] = None,
+    rows: Annotated[str | None, typer.Option(help="Which rows, as in 1,2,A.", show_default="all")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each scenario.")] = 10,
     executor: Annotated[str, typer.Option(help="process, dask or dask:address.")] = "process",
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from contextlib import nullcontext
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
 from typing import Annotated
 
@@ -14,6 +13,7 @@ import typer
 
 from aiovm.cli.console import keyboard, open_output
 from aiovm.cli.files import check_writable, write_file
+from aiovm.cli.options import ClockName, check_seed
 from aiovm.cli.snapshots import given, host_like, open_snapshot, save_time, saving
 from aiovm.cli.status import OK
 from aiovm.errors import ConfigError, DeadlockError, TimeoutExpired
@@ -28,13 +28,6 @@ from aiovm.vm import Outcome, Vm
 __all__ = ["register"]
 
 
-class _ClockName(StrEnum):
-    """Which clock a guest lives by."""
-
-    VIRTUAL = "virtual"
-    WALL = "wall"
-
-
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
     app.command(name="run")(_run)
@@ -46,13 +39,15 @@ def _run(
         Path | None, typer.Argument(help="The guest: Linux, Multiboot, ELF (32 or 64 bit), or a flat binary.")
     ] = None,
     vcpus: Annotated[int, typer.Option(help="Virtual CPUs, 1 to 255.")] = 1,
-    pcpus: Annotated[int | None, typer.Option(help="Physical CPUs they share. [default: as many as vCPUs]")] = None,
+    pcpus: Annotated[
+        int | None, typer.Option(help="Physical CPUs they share.", show_default="as many as vCPUs")
+    ] = None,
     memory: Annotated[str, typer.Option(help="Guest memory, as in 64M or 1G.")] = "64M",
     append: Annotated[str, typer.Option(help="The guest's command line.")] = "",
     initrd: Annotated[str, typer.Option(help="Modules: 'FILE arguments,FILE2'.")] = "",
     clock: Annotated[
-        _ClockName, typer.Option(help="virtual: repeatable to the byte. wall: real time.")
-    ] = _ClockName.VIRTUAL,
+        ClockName, typer.Option(help="virtual: repeatable to the byte. wall: real time.")
+    ] = ClockName.VIRTUAL,
     policy: Annotated[str, typer.Option(help="Scheduling policy, or module:Class of your own.")] = "fair",
     slice_: Annotated[str, typer.Option("--slice", help="How long a vCPU may run while others wait.")] = "6ms",
     seed: Annotated[int, typer.Option(help="Of every random choice on the host.")] = 0,
@@ -92,8 +87,7 @@ def _run(
             raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
         if not data:
             raise ConfigError(f"{image}: the image is empty")
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise ConfigError(f"bad seed {seed}: 64 bits at most")
+    check_seed(seed)
     if json is not None:
         check_writable(json)
     tracer = Tracer()
@@ -150,7 +144,7 @@ def _run(
 
             if until is not None:
                 host.clock.call_at(until, expire)
-            interactive = clock is _ClockName.WALL and console == "stdio"
+            interactive = clock is ClockName.WALL and console == "stdio"
             try:
                 with keyboard(vm.feed_console, leave) if interactive else nullcontext():
                     outcome = await task
@@ -165,7 +159,7 @@ def _run(
             return outcome, _statistics(vm, host)
 
     try:
-        outcome, statistics = run_wall(main()) if clock is _ClockName.WALL else run(main())
+        outcome, statistics = run_wall(main()) if clock is ClockName.WALL else run(main())
     finally:
         tracer.close()
         close()

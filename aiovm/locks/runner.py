@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from aiovm import guests
 from aiovm.clock import VirtualClock
 from aiovm.errors import ConfigError, InternalError
+from aiovm.locks.counters import read_counters
 from aiovm.locks.layout import DISTRIBUTIONS, LOCKS, LockLayout, Phase
 from aiovm.locks.result import LockReport, LockRow
 from aiovm.loop import Host, run
@@ -178,30 +179,21 @@ class _Meter:
         params = self._layout.read_params(self._vm.memory.read)
         if params.measure_tsc and self._vm.tsc_to_ns(params.measure_tsc) <= now:
             self._begin, self._end = self._vm.tsc_to_ns(params.measure_tsc), self._vm.tsc_to_ns(params.end_tsc)
-            self._counters = self._count()
+            self._counters = read_counters(self._vm.vcpus)
             self._vm.clock.call_at(self._end, self._close)
 
     def _sched_out(self, vcpu: Vcpu, preempted: bool) -> None:
         if preempted and self._begin and self._vm.clock.now() < self._end:
             self.preempted[self._word(vcpu)] += 1
 
-    def _count(self) -> dict[str, int]:
-        stats = [v.stat for v in self._vm.vcpus]
-        return {
-            "ple_exits": sum(s.pause_exits for s in stats),
-            "yields_tried": sum(s.directed_yield_attempted for s in stats),
-            "yields_won": sum(s.directed_yield_successful for s in stats),
-            "kicks": sum(s.kicks for s in stats),
-            "halts": sum(s.halt_exits for s in stats),
-        }
-
     def _close(self) -> None:
         assert self._counters is not None
-        self._counters = {name: value - self._counters[name] for name, value in self._count().items()}
+        after = read_counters(self._vm.vcpus)
+        self._counters = {name: value - self._counters[name] for name, value in after.items()}
 
     def counters(self) -> dict[str, int]:
         """The vCPUs' counters over the window."""
-        return self._counters or dict.fromkeys(self._count(), 0)
+        return self._counters or dict.fromkeys(read_counters(self._vm.vcpus), 0)
 
 
 def measure(experiment: Experiment) -> Measurement:
