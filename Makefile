@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_JOBS ?= auto
+MINUTES ?= 10
 
-.PHONY: demo test check lint format types bench fuzz peers guests guests-elf clean help
+.PHONY: demo test check lint format types bench fuzz peers guests guests-elf soak clean help
 
 help:
 	@echo "make demo    install, and compare spinlocks on 8 vCPUs over 8, 4 and 2 physical CPUs"
@@ -15,6 +16,7 @@ help:
 	@echo "make peers   Debian's QEMU and gdb, which some tests compare with (needs root)"
 	@echo "make guests  Linux guests in out/guests, from Debian's packages"
 	@echo "make fuzz    hostile guests for an hour, each in a child process"
+	@echo "make soak    a storm in a Linux guest, MINUTES=10 on each clock"
 	@echo "make bench   this project beside bare Unicorn, QEMU and SimPy, as ratios"
 
 $(STAMP): pyproject.toml setup.py aiovm/engine/unicorn/_budget.c
@@ -60,6 +62,10 @@ peers:
 
 guests: $(STAMP)
 	$(BIN)/python scripts/make_guests.py
+
+soak: $(STAMP)
+	$(BIN)/python tests/linux_storm.py --minutes $(MINUTES) --clock wall
+	$(BIN)/python tests/linux_storm.py --minutes $(MINUTES) --clock virtual
 
 guests-elf:
 	$(MAKE) -C aiovm/guests

@@ -367,6 +367,7 @@ class Vcpu(VcpuIoctls):
             self.preempted_in_kernel = self.context.state.cpl == 0
             if self.steal.report_preempted():
                 self.stat.preemption_reported += 1
+                self._trace_steal(now, preempted=True)
         if self.on_sched_out is not None:
             self.on_sched_out(self, preempted)
 
@@ -814,6 +815,14 @@ class Vcpu(VcpuIoctls):
     def _record_steal_time(self) -> None:
         if self.steal.update(self.thread.run_delay):
             self.context.flush_tlb()
+        if self.steal.enabled:
+            self._trace_steal(self.vm.clock.now(), preempted=False)
+
+    def _trace_steal(self, now: int, *, preempted: bool) -> None:
+        """What the guest's steal time record says from now on."""
+        trace = self.vm.trace
+        if trace.on:
+            trace.emit(now, Kind.STEAL, self.thread.number, self.thread.run_delay, int(preempted))
 
     def _load_ple(self) -> None:
         """Hand the pause-loop window to the engine, in ns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
@@ -17,7 +18,7 @@ from aiovm.cli.options import ClockName, check_seed
 from aiovm.cli.snapshots import given, host_like, open_snapshot, save_time, saving
 from aiovm.cli.status import OK
 from aiovm.errors import ConfigError, DeadlockError, TimeoutExpired
-from aiovm.loaders import Module, read_modules
+from aiovm.loaders import Module, identify, read_modules
 from aiovm.loop import Host, run, run_wall
 from aiovm.policy import by_name
 from aiovm.sinks import open_sinks
@@ -46,8 +47,11 @@ def _run(
     append: Annotated[str, typer.Option(help="The guest's command line.")] = "",
     initrd: Annotated[str, typer.Option(help="Modules: 'FILE arguments,FILE2'.")] = "",
     clock: Annotated[
-        ClockName, typer.Option(help="virtual: repeatable to the byte. wall: real time.")
-    ] = ClockName.VIRTUAL,
+        ClockName | None,
+        typer.Option(
+            help="virtual: repeatable to the byte. wall: real time.", show_default="wall for Linux on a terminal"
+        ),
+    ] = None,
     policy: Annotated[str, typer.Option(help="Scheduling policy, or module:Class of your own.")] = "fair",
     slice_: Annotated[str, typer.Option("--slice", help="How long a vCPU may run while others wait.")] = "6ms",
     seed: Annotated[int, typer.Option(help="Of every random choice on the host.")] = 0,
@@ -66,11 +70,12 @@ def _run(
 
     The process status is the guest's: 0 for power-off, (value << 1) | 1 for a write to the debug-exit port 0xF4,
     64 triple fault, 66 unhandled exit, 68 stall (everything waits for ever), 70 time-out, 74 kernel panic, 2 bad input.
-    On the wall clock the terminal is the guest's console; Ctrl-A x leaves, with status 0.
+    On the wall clock the terminal is the guest's console; Ctrl-A x leaves, with status 0. In virtual time the guest
+    has no input. A Linux kernel whose console is a terminal runs on the wall clock unless --clock says otherwise.
 
     Example: aiovm run guest.elf --vcpus 4 --pcpus 2 --append "verbose=1"
 
-    Example: aiovm run vmlinuz --initrd initrd.gz --memory 512M --append console=ttyS0 --clock wall
+    Example: aiovm run vmlinuz --initrd initrd.gz --vcpus 4 --memory 512M --append console=ttyS0
 
     Example: aiovm run guest.elf --save half.snap --save-at 5ms; then aiovm run --restore half.snap
     """
@@ -88,6 +93,7 @@ def _run(
         if not data:
             raise ConfigError(f"{image}: the image is empty")
     check_seed(seed)
+    wall = (clock or _natural_clock(data, console)) is ClockName.WALL
     if json is not None:
         check_writable(json)
     tracer = Tracer()
@@ -144,7 +150,7 @@ def _run(
 
             if until is not None:
                 host.clock.call_at(until, expire)
-            interactive = clock is ClockName.WALL and console == "stdio"
+            interactive = wall and console == "stdio"
             try:
                 with keyboard(vm.feed_console, leave) if interactive else nullcontext():
                     outcome = await task
@@ -159,7 +165,7 @@ def _run(
             return outcome, _statistics(vm, host)
 
     try:
-        outcome, statistics = run_wall(main()) if clock is ClockName.WALL else run(main())
+        outcome, statistics = run_wall(main()) if wall else run(main())
     finally:
         tracer.close()
         close()
@@ -168,6 +174,12 @@ def _run(
         report["trace_hash"] = digest.hexdigest()
         write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     raise typer.Exit(outcome.status & 0xFF)
+
+
+def _natural_clock(image: bytes, console: str) -> ClockName:
+    """Who starts Linux on a terminal wants to type."""
+    talks = console == "stdio" and sys.stdin.isatty() and sys.stdout.isatty()
+    return ClockName.WALL if talks and identify(image) in ("bzimage", "vmlinux", "pvh") else ClockName.VIRTUAL
 
 
 def _statistics(vm: Vm, host: Host) -> dict[str, object]:

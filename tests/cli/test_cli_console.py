@@ -1,14 +1,9 @@
 """The terminal as a guest's console, on a real pseudo-terminal."""
 
-import os
-import pty
-import select
-import subprocess
-import sys
 import termios
-import time
 
 import pytest
+from terminal import terminal
 
 from aiovm.cli.console import HELP, EscapeKeys, open_output
 from aiovm.errors import ConfigError
@@ -67,44 +62,15 @@ def test_output_goes_where_it_was_told(tmp_path):
             open_output(bad)
 
 
-@pytest.fixture
-def echo(tmp_path):
-    """A guest that echoes, on a pseudo-terminal: our end of it, the process, and the terminal's own descriptor."""
+@pytest.mark.wall
+def test_raw_keys_reach_the_guest_and_ctrl_a_x_leaves(tmp_path):
     image = tmp_path / "echo.bin"
     image.write_bytes(ECHO)
-    ours, its = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aiovm", "run", str(image), "--clock", "wall", "--timeout", "60s"],
-        stdin=its,
-        stdout=its,
-        stderr=subprocess.PIPE,
-    )
-    yield ours, its, process
-    process.kill()
-    process.communicate()
-    os.close(ours)
-    os.close(its)
-
-
-def read_until(descriptor, wanted, patience=60):
-    said = b""
-    deadline = time.monotonic() + patience
-    while wanted not in said and time.monotonic() < deadline:
-        if select.select([descriptor], [], [], 0.1)[0]:
-            said += os.read(descriptor, 4096)
-    return said
-
-
-@pytest.mark.wall
-def test_raw_keys_reach_the_guest_and_ctrl_a_x_leaves(echo):
-    ours, its, process = echo
-    before = termios.tcgetattr(its)
-    while termios.tcgetattr(its)[3] & termios.ICANON:  # until the terminal is raw
-        assert process.poll() is None
-        select.select([], [], [], 0.05)
-    os.write(ours, b"a\x03\x01\x01!")
-    assert read_until(ours, b"!") == b"a\x03\x01!"
-    os.write(ours, b"\x01x")
-    assert process.wait(60) == 0
-    assert process.stderr.read() == b""
-    assert termios.tcgetattr(its) == before
+    with terminal("run", str(image), "--clock", "wall", "--timeout", "60s") as tty:
+        tty.wait_until_raw()
+        tty.type(b"a\x03\x01\x01!")
+        assert tty.read_until(b"!") == b"a\x03\x01!"
+        tty.type(b"\x01x")
+        assert tty.process.wait(60) == 0
+        assert tty.process.stderr.read() == b""
+        assert termios.tcgetattr(tty.its) == tty.before

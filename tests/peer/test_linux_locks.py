@@ -7,9 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from aiovm import guests
 from aiovm.cli import main
+from aiovm.loaders import Module
+from aiovm.loaders.cpio import Archive
+from aiovm.loop import Host, run
+from aiovm.paravirt.steal import StealTime
+from aiovm.trace import Kind, ListSink, Tracer
+from aiovm.vm import Vm
 
 GUESTS = Path(os.environ.get("AIOVM_GUESTS") or Path(__file__).parents[2] / "out" / "guests")
+
+
+def linux(test):
+    """A test that boots the kernel."""
+    missing = not (GUESTS / "vmlinuz").exists() and not os.environ.get("CI")
+    skip = pytest.mark.skipif(missing, reason=f"{GUESTS} has no guests: run make guests")
+    return pytest.mark.peer(pytest.mark.timeout(600)(skip(test)))
 
 
 @pytest.fixture
@@ -26,12 +40,7 @@ def aiovm(monkeypatch, capfd):
     return call
 
 
-@pytest.mark.peer
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(
-    not (GUESTS / "vmlinuz").exists() and not os.environ.get("CI"),
-    reason=f"{GUESTS} has no guests: run make guests",
-)
+@linux
 def test_pv_spinlocks_halt_and_kick_where_others_spin(aiovm, tmp_path):
     rows, trace = tmp_path / "rows.json", tmp_path / "t.jsonl"
     status, out, lines = aiovm(
@@ -60,6 +69,54 @@ def test_pv_spinlocks_halt_and_kick_where_others_spin(aiovm, tmp_path):
     assert len(kicks) >= paravirtual["kicks"]
     assert not [r for r in seen("qspinlock") if r["kind"] == "hypercall"]
     assert any(r["kind"] == "sched_in" and r["run_delay_ns"] > 1_000_000 for r in seen("qspinlock"))
+
+
+@linux
+def test_flushing_tlbs_takes_one_ipi_for_those_that_run_and_none_for_the_others(monkeypatch):
+    """``kvm_flush_tlb_multi``: a preempted vCPU gets a flag; the others a single hypercall (Linux 6.1, kvm.c)."""
+    flushed = []
+    update = StealTime.update
+
+    def watched(self, run_delay):
+        flushed.append(update(self, run_delay))
+        return flushed[-1]
+
+    monkeypatch.setattr(StealTime, "update", watched)
+    initrd = Archive()
+    initrd.add("init", 0o100755, guests.linux_path("contend").read_bytes())
+    cmdline = "console=ttyS0 quiet contend=memory workers=4 warmup=1 duration=20"
+    records, trace = ListSink(), Tracer()
+
+    class Started:
+        """Port 0x580: record between the words at +0 and +4; the one at +8 ends."""
+
+        length = 12
+
+        def read(self, offset, size, now):
+            return 0
+
+        def write(self, offset, size, value, now):
+            if offset == 0:
+                flushed.clear()
+                trace.add(records)
+            elif offset == 8:
+                vm.end("done", 0)
+
+    async def main():
+        nonlocal vm
+        async with Vm(Host(3, trace=trace), vcpus=4, memory=128 << 20) as vm:
+            vm.ports.register(0x580, 12, Started())
+            kernel = (GUESTS / "vmlinuz").read_bytes()
+            vm.load(kernel, name="vmlinuz", cmdline=cmdline, modules=[Module(initrd.packed())])
+            assert (await vm.run()).reason == "done"
+
+    vm = None
+    run(main())
+    trace.close()
+    # KVM_HC_SEND_IPI's result is how many CPUs it reached: the two that ran beside the caller.
+    hypercalls = [(r.a, r.b) for r in records.of(Kind.HYPERCALL)]
+    assert (10, 2) in hypercalls
+    assert any(flushed)
 
 
 def test_what_it_cannot_begin_with(aiovm, tmp_path, monkeypatch):
