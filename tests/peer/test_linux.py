@@ -3,6 +3,7 @@
 Needs what ``make guests`` leaves in out/guests, or in the directory that AIOVM_GUESTS names.
 """
 
+import asyncio
 import hashlib
 import os
 import re
@@ -14,9 +15,10 @@ import pytest
 from linux_storm import COMPLAINTS, GUESTS, prepare, storm
 from terminal import terminal
 
+from aiovm import snapshot_file
 from aiovm.errors import CommandFailed, ConfigError, GuestPanic, StateError
 from aiovm.loop import Host, run, run_wall
-from aiovm.trace import Kind, Tracer, unpack
+from aiovm.trace import HashSink, Kind, Tracer, unpack
 from aiovm.vm import Vm
 
 PATIENCE = 300
@@ -136,6 +138,33 @@ async def main():
 
 run(main())
 """
+
+
+def test_saved_in_the_middle_of_its_boot_it_comes_to_the_same_shell(tmp_path):
+    async def rest(vm, digest):
+        vm.trace.add(digest)
+        await prompt(vm)
+        words = await sh(vm, "nproc; dmesg; cat /proc/interrupts; seq 1 1000 | md5sum")
+        assert (await end(vm, "poweroff -f")).reason == "power-off"
+        vm.trace.close()
+        return words, digest.hexdigest()
+
+    async def first():
+        async with linux(vcpus=2, cmdline="console=ttyS0") as vm:
+            await asyncio.sleep(0.5)
+            assert "~ #" not in vm.console.text
+            await vm.pause()
+            snapshot_file.write(tmp_path / "boot.snap", vm.save())
+            vm.resume()
+            return await rest(vm, HashSink())
+
+    async def second():
+        snapshot = snapshot_file.read(tmp_path / "boot.snap")
+        async with Vm.restore(Host(2), snapshot) as vm:
+            vm.start()
+            return await rest(vm, HashSink())
+
+    assert run(first()) == run(second())
 
 
 def test_two_boots_are_the_same_to_the_byte():

@@ -101,6 +101,22 @@ def test_a_snapshot_is_restored_again_and_again():
     assert future_of(snapshot, pcpus=2) == future
 
 
+def test_one_program_goes_back_again_and_again():
+    snapshot, future = saved_and_future(guest("ticks"), 1_500_000)
+
+    async def main():
+        for _ in range(5):
+            said, host = bytearray(), Host(1, seed=7, policy=by_name("fair", slice_ns=1_000_000))
+            future = Future(host, said)
+            async with Vm.restore(host, snapshot, console=said.extend) as vm:
+                yield await future.of(vm.run())
+
+    async def collect():
+        return [found async for found in main()]
+
+    assert run(collect()) == [future] * 5
+
+
 def test_another_host_begins_its_schedule_afresh():
     cmdline = "lock=ticket cpus=4 duration=2000000"
     snapshot, future = saved_and_future(guest("locks"), 1_500_000, vcpus=4, pcpus=2, cmdline=cmdline)

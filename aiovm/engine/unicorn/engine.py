@@ -228,9 +228,10 @@ class UnicornContext:
             self._state.q[MSRS[index] >> 3] = value
 
     def save(self) -> ContextState:
-        """A copy. Whoever runs next begins with an empty TLB, as after :meth:`restore`."""
+        """A copy. Whoever runs next begins without translations, of code or of addresses, as after :meth:`restore`."""
         if self.engine.current is self:
             self.engine.unload()
+        self.engine.forget_translations()
         state = self._state
         state.paging_changed = True
         return ContextState(
@@ -557,6 +558,10 @@ class UnicornEngine:
     def serve_cr3(self, width: int) -> None:
         """Load CR3 without asking the port where that is possible: see :meth:`Budget.serve_cr3`."""
         self.budget.serve_cr3(width, self.costs.exit_ns)
+
+    def forget_translations(self) -> None:
+        """The next slice translates all code anew."""
+        self._dirty_code = True
 
     @property
     def tsc_last(self) -> int:
