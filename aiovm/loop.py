@@ -274,6 +274,7 @@ class Host:
         self.policy.enqueue(thread, pcpu, Requeue.YIELDED if yielded else Requeue.PREEMPTED, now)
         following = self.policy.pick(pcpu, now)
         if following is thread:
+            thread.ignored_yields += yielded
             thread.slice_end = now + self.policy.slice_of(thread, pcpu)
             self._arm_slice_end(pcpu, now)
             return False

@@ -101,6 +101,9 @@ class SpinCandidate(Protocol):
     def dy_has_pending_interrupt(self) -> bool:
         """An interrupt waits for it."""
 
+    def has_ipi_from(self, index: int) -> bool:
+        """vCPU ``index`` has sent it an IPI since it lost its CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpinOptions:
@@ -118,6 +121,12 @@ class SpinOptions:
     kernel_mode_filter: bool = True
     #: Who was merely woken, to take an interrupt, is a candidate too (5.4, 2019); else only who was preempted.
     boost_woken: bool = True
+    #: Who was preempted at CPL 3 and has an interrupt waiting passes the kernel-mode filter (5.13, 2021); without it
+    #: the spinner that waits for an IPI's answer loses its opportunity.
+    boost_interrupted: bool = True
+    #: Of those who were woken, and of those at CPL 3, only who was sent an IPI by the spinner while off its CPU
+    #: (Ishiguro et al., VEE 2021; proposed again in 2025; in no release).
+    ipi_aware: bool = False
 
 
 class SpinOutcome(NamedTuple):
@@ -139,6 +148,20 @@ def _eligible(candidate: SpinCandidate) -> bool:
     eligible = candidate.dy_eligible
     candidate.dy_eligible = not eligible
     return eligible
+
+
+def _may_matter(vcpu: SpinCandidate, me: int, options: SpinOptions) -> bool:
+    """Whether the spinner could be waiting for what this one does: kernel code, or the answer to an IPI."""
+    if options.ipi_aware:
+        in_kernel = vcpu.preempted and (vcpu.preempted_in_kernel or not options.kernel_mode_filter)
+        return in_kernel or vcpu.has_ipi_from(me)
+    # Who was merely woken is taken as in the kernel.
+    return (
+        not options.kernel_mode_filter
+        or not vcpu.preempted
+        or vcpu.preempted_in_kernel
+        or (options.boost_interrupted and vcpu.dy_has_pending_interrupt())
+    )
 
 
 def on_spin(
@@ -168,14 +191,7 @@ def on_spin(
         wants_cpu = vcpu.ready if options.boost_woken else vcpu.preempted
         if (options.ready_filter and not wants_cpu) or (vcpu.blocking and not vcpu.dy_runnable()):
             continue
-        # Who was merely woken is taken as in the kernel; so is who has an interrupt waiting, for the spinner may wait
-        # for the answer to an IPI.
-        if (
-            options.kernel_mode_filter
-            and vcpu.preempted
-            and not vcpu.preempted_in_kernel
-            and not vcpu.dy_has_pending_interrupt()
-        ):
+        if not _may_matter(vcpu, me, options):
             continue
         if options.eligibility_filter and not _eligible(vcpu):
             continue

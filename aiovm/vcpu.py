@@ -133,6 +133,8 @@ class Vcpu(VcpuIoctls):
         self.blocking = False
         self.in_spin_loop = False
         self.dy_eligible = False
+        #: Who sent an IPI since this vCPU lost its CPU: a bit a thread number.
+        self.ipi_senders = 0
         self.pv_unhalted = False
         #: Signals that the program sent and has not taken back, and those that wait meanwhile (KVM_SET_SIGNAL_MASK).
         self.sigpending: set[int] = set()
@@ -225,6 +227,8 @@ class Vcpu(VcpuIoctls):
         elif accepted is Accepted.UNHALT:
             self.pv_unhalted = True
             self.stat.kicks += 1
+        elif source >= 0 and self.thread.state is not ThreadState.RUNNING:
+            self.ipi_senders |= 1 << source
         self.make_request(Request.EVENT)
         self.kick(source)
         return True
@@ -353,6 +357,7 @@ class Vcpu(VcpuIoctls):
         """The host put the thread on a physical CPU (``kvm_sched_in``)."""
         self.preempted = False
         self.ready = False
+        self.ipi_senders = 0
         if self.cpu != pcpu:
             self.cpu = pcpu
         self.ple.sched_in()
@@ -391,6 +396,10 @@ class Vcpu(VcpuIoctls):
     def dy_has_pending_interrupt(self) -> bool:
         """``kvm_arch_dy_has_pending_interrupt``."""
         return self.apic.pending_vector() >= 0
+
+    def has_ipi_from(self, index: int) -> bool:
+        """Whether vCPU ``index`` sent an IPI since this one lost its CPU."""
+        return bool(self.ipi_senders >> self.vm.vcpus[index].thread.number & 1)
 
     # ---- KVM_RUN -------------------------------------------------------------------------------------------------
 

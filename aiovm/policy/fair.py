@@ -6,7 +6,8 @@
   By the nanosecond, noise would decide, and deal the order anew each round.
 * A waking thread preempts when it is behind the running one by more than ``wakeup_granularity``.
 * Directed yield makes the target the *next buddy*: it is picked unless that would be unfair by more than the
-  granularity. Who yields is the *skip buddy*: it is passed over once while others wait.
+  granularity. Who yields is the *skip buddy*: it is passed over once for the next in line, by the same condition. So a
+  spinner that is far behind the others keeps its CPU, whatever it wishes (the *scheduler mismatch* of Ishiguro et al.).
 
 Taken: 4.19's rules, because the published results were measured on them; EEVDF (6.6 and later) answers these
 questions otherwise. Every thread has the same weight.
@@ -28,7 +29,11 @@ __all__ = ["Fair"]
 
 
 class Fair(Policy):
-    """CFS with fixed slices. ``wakeup_granularity`` and ``sleeper_credit`` in ns (sysctl defaults of 4.19)."""
+    """CFS with fixed slices. ``wakeup_granularity`` and ``sleeper_credit`` in ns (sysctl defaults of 4.19).
+
+    ``deboost``: who yields to a sibling on the same CPU gives up so much of its claim that the hint is heeded (Ishiguro
+    et al., VEE 2021; proposed again for Linux in 2025). Fair between machines, not within one.
+    """
 
     name = "fair"
 
@@ -39,8 +44,10 @@ class Fair(Policy):
         jitter: int = 100,
         wakeup_granularity: int = 1_000_000,
         sleeper_credit: int = 3_000_000,
+        deboost: bool = False,
     ) -> None:
         super().__init__(slice_ns=slice_ns, jitter=jitter)
+        self.deboost = bool(deboost)
         self.wakeup_granularity = wakeup_granularity
         self.sleeper_credit = sleeper_credit
         self._floor: list[int] = []
@@ -73,6 +80,9 @@ class Fair(Policy):
     def enqueue(self, thread: Thread, pcpu: Pcpu, why: Requeue, now: int) -> None:
         if why is Requeue.YIELDED:
             self._skip[pcpu.index] = thread
+            buddy = self._next[pcpu.index]
+            if self.deboost and buddy is not None and buddy.group == thread.group:
+                thread.vruntime = max(thread.vruntime, buddy.vruntime - self.wakeup_granularity)
         queue = pcpu.queue
         at = len(queue)
         while at and queue[at - 1].vruntime - thread.vruntime > self.wakeup_granularity:
@@ -89,14 +99,18 @@ class Fair(Policy):
         if not queue:
             return self._pull(pcpu, now)
         chosen = queue[0]
-        if chosen is self._skip[at] and len(queue) > 1:
+        if chosen is self._skip[at] and len(queue) > 1 and not self._unfair(queue[1], chosen):
             chosen = queue[1]
         buddy = self._next[at]
-        if buddy is not None and buddy in queue and buddy.vruntime - queue[0].vruntime <= self.wakeup_granularity:
+        if buddy is not None and buddy in queue and not self._unfair(buddy, queue[0]):
             chosen = buddy
         self._next[at] = self._skip[at] = None
         queue.remove(chosen)
         return chosen
+
+    def _unfair(self, thread: Thread, first: Thread) -> bool:
+        """Whether ``first`` is so far behind that a hint in favour of ``thread`` is ignored."""
+        return thread.vruntime - first.vruntime > self.wakeup_granularity
 
     def ran(self, thread: Thread, ns: int) -> None:
         thread.vruntime += ns

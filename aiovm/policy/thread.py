@@ -47,6 +47,8 @@ class Thread:
     started: int = 0
     slice_end: int = 0
     resched: bool = False
+    #: Yields after which the policy picked this thread again.
+    ignored_yields: int = 0
     vruntime: int = 0
 
 

@@ -78,6 +78,7 @@ class _Guest:
             sum(s.pause_exits for s in stats),
             sum(s.directed_yield_attempted for s in stats),
             sum(s.directed_yield_successful for s in stats),
+            sum(v.thread.ignored_yields for v in machine.vcpus),
             sum(s.kicks for s in stats),
             sum(s.halt_exits for s in stats),
             sum(s.halt_attempted_poll for s in stats),
@@ -97,7 +98,7 @@ class _Guest:
     def report(self, now: int, elapsed: int) -> VmResult:
         """What happened since :meth:`begin`."""
         counts = [after - before for after, before in zip(self._counts(now), self._before, strict=True)]
-        cpu, steal, spin, lhp, lwp, exits, ple, tried, won, kicks, halts, polled, caught, _ = counts
+        cpu, steal, spin, lhp, lwp, exits, ple, tried, won, ignored, kicks, halts, polled, caught, _ = counts
         meter, vcpus = self.meter, len(self.machine.vcpus)
         return VmResult(
             name=self.name,
@@ -116,6 +117,7 @@ class _Guest:
             ple_exits=ple,
             yields_tried=tried,
             yields_won=won,
+            yields_ignored=ignored,
             kicks=kicks,
             halts=halts,
             polls_tried=polled,

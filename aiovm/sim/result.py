@@ -26,6 +26,8 @@ class VmResult(msgspec.Struct, frozen=True):
     ple_exits: int
     yields_tried: int
     yields_won: int
+    #: Of those won: the scheduler picked the spinner again.
+    yields_ignored: int
     kicks: int
     halts: int
     polls_tried: int

@@ -67,6 +67,8 @@ class LockBound(_Strict, frozen=True, tag="lock-bound", tag_field="kind"):
     think_dist: Distribution = "exp"
     #: Turns before a paravirtual waiter halts. Linux: 1 << 15; at this model's 74 ns a turn, 2.4 ms.
     spin: Annotated[int, Meta(ge=1, le=1 << 32)] = 1 << 15
+    #: Bringing the lock's word from another CPU's cache; a hand-over to one of n spinners takes n/2 of it.
+    line: Ns = Ns(0)
     steal: bool = True
     wait_early: bool = True
     #: vcpu_is_preempted, as far as the lock asks for it.
@@ -87,6 +89,8 @@ class KernelBuild(_Strict, frozen=True, tag="kernel-build", tag_field="kind"):
     sections: Annotated[int, Meta(ge=1, le=64)] = 2
     hold: Ns = Ns(1_000)
     locks: Annotated[int, Meta(ge=1, le=4096)] = 2
+    #: Bringing the lock's word from another CPU's cache; a hand-over to one of n spinners takes n/2 of it.
+    line: Ns = Ns(0)
     spin: Annotated[int, Meta(ge=1, le=1 << 32)] = 1 << 15
     wait_early: bool = True
     steal: bool = True
@@ -104,6 +108,8 @@ class Ebizzy(_Strict, frozen=True, tag="ebizzy", tag_field="kind"):
     sections: Annotated[int, Meta(ge=0, le=64)] = 2
     hold: Ns = Ns(1_000)
     locks: Annotated[int, Meta(ge=1, le=4096)] = 1
+    #: Bringing the lock's word from another CPU's cache; a hand-over to one of n spinners takes n/2 of it.
+    line: Ns = Ns(0)
     mutex: bool = True
     #: One round in so many flushes.
     flush_every: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
@@ -125,6 +131,8 @@ class Dbench(_Strict, frozen=True, tag="dbench", tag_field="kind"):
     sections: Annotated[int, Meta(ge=1, le=64)] = 2
     hold: Ns = Ns(1_000)
     locks: Annotated[int, Meta(ge=1, le=4096)] = 1
+    #: Bringing the lock's word from another CPU's cache; a hand-over to one of n spinners takes n/2 of it.
+    line: Ns = Ns(0)
     spin: Annotated[int, Meta(ge=1, le=1 << 32)] = 1 << 15
     wait_early: bool = True
     steal: bool = True
@@ -158,6 +166,8 @@ class Features(_Strict, frozen=True):
     eligibility_filter: bool = True
     kernel_mode_filter: bool = True
     boost_woken: bool = True
+    boost_interrupted: bool = True
+    ipi_aware: bool = False
     kick_yields: bool = True
     halt_poll: Ns = Ns(200_000)
     #: Halt polling adapts its window; off: always the whole of ``halt_poll``.
@@ -173,6 +183,8 @@ class Features(_Strict, frozen=True):
             eligibility_filter=self.eligibility_filter,
             kernel_mode_filter=self.kernel_mode_filter,
             boost_woken=self.boost_woken,
+            boost_interrupted=self.boost_interrupted,
+            ipi_aware=self.ipi_aware,
         )
 
 

@@ -31,9 +31,9 @@ def make_lock(spec: LockBound | KernelBuild | Dbench | Ebizzy, kernel: GuestKern
     preempted = kernel.is_preempted if spec.sees_preemption else None
     match spec.lock:
         case "tas":
-            return TestAndSet()
+            return TestAndSet(spec.line)
         case "ticket":
-            return Ticket()
+            return Ticket(spec.line)
         case "pticket":
             return PreemptableTicket()
         case "mcs":
@@ -41,7 +41,7 @@ def make_lock(spec: LockBound | KernelBuild | Dbench | Ebizzy, kernel: GuestKern
         case "qspinlock":
             return Queued()
         case "pvticket":
-            return PvTicket(spec.spin)
+            return PvTicket(spec.spin, spec.line)
         case "pvqspinlock":
             return PvQueued(spec.spin, steal=spec.steal, wait_early=spec.wait_early, preempted=preempted)
         case _:

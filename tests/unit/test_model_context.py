@@ -288,3 +288,21 @@ def test_bad_machines_are_refused():
             SimMachine(host, vcpus=1).contexts[0].run(1)
 
     run(main())
+
+
+@pytest.mark.parametrize(("spinners", "late"), [(1, 100), (3, 300)])
+def test_a_line_that_many_fetch_changes_hands_late(spinners, late):
+    """Half the spinners' fetches of 200 ns come first; a turn takes 74 ns, so the store at 7400 is seen at once."""
+    word = Cell(0, line_ns=200)
+    seen = []
+
+    def spin(cpu):
+        got = yield cpu.spin(word, 1)
+        seen.append((cpu.now(), got))
+
+    def writer(cpu):
+        yield 74 * 100
+        word.store(1)
+
+    lab([spin] * spinners + [writer])
+    assert seen[0] == (SWITCH + 7400 + late, True)

@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from aiovm.policy.base import Requeue
 from aiovm.policy.fair import Fair
 from aiovm.policy.thread import Pcpu, Thread, ThreadState
@@ -148,11 +150,33 @@ def test_the_buddy_is_forgotten_after_one_choice():
 
 def test_who_yields_is_passed_over_once():
     p = fair()
-    queue(p, 0, thread(1, 50 * MS), thread(2, 90 * MS))
+    queue(p, 0, thread(1, 1 * MS), thread(2, 90 * MS))
     yielder = thread(0, 0)
     queue(p, 0, yielder, why=Requeue.YIELDED)
     assert p.pick(p.pcpus[0], 0).number == 1
     assert p.pick(p.pcpus[0], 0) is yielder
+
+
+def test_who_yields_far_behind_the_others_is_picked_again():
+    p = fair()
+    queue(p, 0, thread(1, 1 * MS + 1))
+    yielder = thread(0, 0)
+    queue(p, 0, yielder, why=Requeue.YIELDED)
+    assert p.pick(p.pcpus[0], 0) is yielder
+
+
+@pytest.mark.parametrize(("deboost", "group", "first"), [(False, 0, 0), (True, 0, 1), (True, 1, 0)])
+def test_a_deboosted_yielder_gives_way_to_its_sibling(deboost, group, first):
+    p = Fair(deboost=deboost)
+    p.attach([Pcpu(0)], random.Random(0))
+    sibling = thread(1, 20 * MS)
+    sibling.group = group
+    queue(p, 0, sibling)
+    p.yield_to(sibling, 0)
+    yielder = thread(0, 0)
+    queue(p, 0, yielder, why=Requeue.YIELDED)
+    assert yielder.vruntime == (19 * MS if first else 0)
+    assert p.pick(p.pcpus[0], 0).number == first
 
 
 def test_who_yields_to_nobody_goes_on():

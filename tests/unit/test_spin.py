@@ -19,12 +19,16 @@ class V:
     dy_eligible: bool = False
     runnable: bool = False
     interrupt: bool = False
+    ipi_from: int = -1
 
     def dy_runnable(self):
         return self.runnable
 
     def dy_has_pending_interrupt(self):
         return self.interrupt
+
+    def has_ipi_from(self, index):
+        return index == self.ipi_from
 
 
 class Host:
@@ -210,3 +214,24 @@ def test_before_2013_a_lone_spinner_asked_everybody():
     vcpus = [V() for _ in range(8)]
     assert on_spin(vcpus, 0, 0, Host(*[-1] * 8), SpinOptions(undercommit_check=False)).tries == 7
     assert on_spin(vcpus, 0, 0, Host(*[-1] * 8), SpinOptions()).tries == 3
+
+
+def test_a_vcpu_preempted_at_cpl_3_with_an_interrupt_is_boosted_since_5_13():
+    v = [V(), V(preempted_in_kernel=False, interrupt=True)]
+    assert on_spin(v, 0, 0, Host(1)).target == 1
+    assert on_spin(v, 0, 0, Host(1), SpinOptions(boost_interrupted=False)).target == -1
+
+
+@pytest.mark.parametrize(
+    ("candidate", "target"),
+    [
+        (V(preempted=False), -1),
+        (V(preempted=False, ipi_from=0), 1),
+        (V(preempted=False, ipi_from=2), -1),
+        (V(preempted_in_kernel=False, interrupt=True), -1),
+        (V(preempted_in_kernel=False, ipi_from=0), 1),
+        (V(), 1),
+    ],
+)
+def test_ipi_aware_looks_for_whom_the_spinner_waits(candidate, target):
+    assert on_spin([V(), candidate], 0, 0, Host(1), SpinOptions(ipi_aware=True)).target == target

@@ -42,8 +42,8 @@ class TestAndSet(Lock):
 
     name = "tas"
 
-    def __init__(self) -> None:
-        self.word = Cell()
+    def __init__(self, line_ns: int = 0) -> None:
+        self.word = Cell(0, line_ns)
 
     def lock(self, cpu: ModelContext) -> Program:
         while self.word.value:
@@ -60,8 +60,8 @@ class Ticket(Lock):
 
     name = "ticket"
 
-    def __init__(self) -> None:
-        self.head = Cell()
+    def __init__(self, line_ns: int = 0) -> None:
+        self.head = Cell(0, line_ns)
         self.next = 0
 
     def lock(self, cpu: ModelContext) -> Program:

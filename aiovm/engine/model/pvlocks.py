@@ -36,9 +36,9 @@ class PvTicket(Lock):
     name = "pvticket"
     needs_kick = True
 
-    def __init__(self, spin: int = SPIN_THRESHOLD) -> None:
+    def __init__(self, spin: int = SPIN_THRESHOLD, line_ns: int = 0) -> None:
         self.spin = spin
-        self.head = Cell()
+        self.head = Cell(0, line_ns)
         self.next = 0
         #: The CPU that halts for a ticket.
         self._waiting: dict[int, int] = {}

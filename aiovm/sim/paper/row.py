@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from aiovm.sim.result import SimResult
     from aiovm.sim.scenario import Workload
 
-__all__ = ["MS", "Row", "Runs", "Verdict", "scenario", "throughputs"]
+__all__ = ["MS", "OLD_PAUSE", "Row", "Runs", "Verdict", "scenario", "throughputs"]
 
 MS = 1_000_000
+#: A PAUSE before Skylake: about 10 cycles (Intel Optimization Reference Manual, "Pause Latency in Skylake").
+OLD_PAUSE = {"pause_ns": 5}
 
 #: The results by scenario label, one for each seed in the same order.
 Runs = Mapping[str, "Sequence[SimResult]"]
@@ -68,13 +70,16 @@ def scenario(
     warmup_ms: int = 300,
     duration_ms: int = 300,
     features: Features | None = None,
+    costs: dict[str, int] | None = None,
+    options: dict[str, int] | None = None,
 ) -> Scenario:
     """``vms`` equal machines; by default the toy's: 8 vCPUs on 8 CPUs, 6 ms slices that vary by 10 %, PLE off."""
     return Scenario(
         warmup=Ns(warmup_ms * MS),
         duration=Ns(duration_ms * MS),
-        host=HostSpec(pcpus=pcpus, policy=policy, slice=Ns(slice_ns), jitter=jitter),
+        host=HostSpec(pcpus=pcpus, policy=policy, slice=Ns(slice_ns), jitter=jitter, options=options or {}),
         features=Features(ple=False) if features is None else features,
+        costs=costs or {},
         vm=[VmSpec(count=vms, vcpus=vcpus, workload=LockBound() if workload is None else workload)],
     )
 
