@@ -18,7 +18,7 @@ from aiovm.cli.run import register as register_run
 from aiovm.cli.sim import register as register_sim
 from aiovm.cli.status import BAD_INPUT, INTERNAL, INTERRUPTED, status_of
 from aiovm.cli.sweep import register as register_sweep
-from aiovm.errors import AiovmError
+from aiovm.errors import AiovmError, GuestPanic
 
 __all__ = ["app", "main"]
 
@@ -47,6 +47,11 @@ def _run() -> int:
     """The command line's process status; what went wrong is said on standard error."""
     try:
         status: int = app(prog_name="aiovm", standalone_mode=False) or 0
+    except GuestPanic as error:
+        headline, *lines = str(error).splitlines()
+        _say(headline)
+        print(*lines, sep="\n", file=sys.stderr)
+        return status_of(error)
     except AiovmError as error:
         _say(str(error))
         return status_of(error)

@@ -32,6 +32,7 @@ HALT_FOR_EVER = bytes.fromhex("fa f4")  # cli; hlt
 NEVER_END = bytes.fromhex("ebfe")  # jmp $
 NO_IDT = bytes.fromhex("0f011e077c 0f0b 000000000000")  # lidt [0x7c07]; ud2; a table of one byte
 RESET = bytes.fromhex("b0fe e664 ebfe")  # mov al, 0xfe; out 0x64, al: the keyboard controller's reset line
+SAY = bytes.fromhex("be0a7c baf803 ac ee ebfc")  # mov si, 0x7c0a; mov dx, 0x3f8; lodsb; out dx, al; again: what follows
 POWER_OFF = bytes.fromhex("ba0406 b80020 ef ebfe")  # mov dx, 0x604; mov ax, 0x2000; out dx, ax: SLP_EN in PM1 control
 
 
@@ -118,6 +119,16 @@ def test_a_triple_fault(aiovm, image):
     status, out, lines = aiovm("run", image(NO_IDT))
     assert (status, out) == (64, "")
     assert one_line(lines) == "triple fault (vCPU 0, RIP 0x7c05); last exits: #6, triple fault"
+
+
+def test_a_kernel_panic_is_a_line_and_what_the_kernel_said(aiovm, image):
+    said = (
+        b"[    0.1] Kernel panic - not syncing: no init\n[    0.1] CPU: 0\n[    0.1] ---[ end Kernel panic - x ]---\n"
+    )
+    status, out, lines = aiovm("run", image(SAY + said))
+    assert (status, out) == (74, said.decode())
+    assert lines[0] == "aiovm: the guest's kernel panicked: no init (vCPU 0, RIP 0x7c08)"
+    assert [line.strip() for line in lines[1:]] == said.decode().splitlines()
 
 
 def test_a_guest_that_halts_for_ever_is_a_stall(aiovm, image):
