@@ -38,6 +38,7 @@ class ThreadAccount:
     ran_ns: int
     started: int
     slice_end: int
+    ignored_yields: int
     vruntime: int
 
 
@@ -70,6 +71,7 @@ class VcpuSnapshot:
     smbase: int
     ia32_misc_enable_msr: int
     tpr_access_reporting: bool
+    ipi_senders: int
     yielded: bool
     owed: int
 
@@ -77,9 +79,18 @@ class VcpuSnapshot:
 #: Attributes that are copied as they are.
 _PLAIN: Final = (
     "cpu", "preempted", "preempted_in_kernel", "ready", "in_spin_loop", "dy_eligible", "pv_unhalted", "halt_poll_ns",
-    "smbase", "ia32_misc_enable_msr", "tpr_access_reporting", "mp_state", "guest_debug_dr",
+    "smbase", "ia32_misc_enable_msr", "tpr_access_reporting", "ipi_senders", "mp_state", "guest_debug_dr",
 )  # fmt: skip
-_ACCOUNT: Final = ("pcpu_index", "ready_since", "run_delay", "ran_ns", "started", "slice_end", "vruntime")
+_ACCOUNT: Final = (
+    "pcpu_index",
+    "ready_since",
+    "run_delay",
+    "ran_ns",
+    "started",
+    "slice_end",
+    "ignored_yields",
+    "vruntime",
+)
 
 
 def save_vcpu(vcpu: Vcpu) -> VcpuSnapshot:
@@ -115,7 +126,7 @@ def restore_vcpu(vcpu: Vcpu, saved: VcpuSnapshot, *, same_host: bool) -> None:
     vcpu.events.restore(saved.events)
     vcpu.pv.restore(saved.pv)
     vcpu.tsc.restore(saved.tsc)
-    for name in _ACCOUNT if same_host else ("run_delay", "ran_ns"):
+    for name in _ACCOUNT if same_host else ("run_delay", "ran_ns", "ignored_yields"):
         setattr(vcpu.thread, name, getattr(saved.thread, name))
     vcpu.stat = replace(saved.stat)
     vcpu.ple.window = saved.ple_window

@@ -1,7 +1,7 @@
 """A machine as a value: pause, save, restore; and that the restored machine's future is the saved one's."""
 
 import asyncio
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from bare import CODE, DATA, prepare
@@ -10,11 +10,13 @@ from aiovm import guests
 from aiovm.backends import Entropy
 from aiovm.clock import VirtualClock
 from aiovm.costs import Costs
+from aiovm.engine.base import ContextState
 from aiovm.errors import ConfigError, GuestError, StateError
 from aiovm.loop import Host, run, run_wall
 from aiovm.memory import SlotFlags
 from aiovm.policy import by_name
 from aiovm.trace import ListSink
+from aiovm.vcpu_snapshot import ThreadAccount, VcpuSnapshot
 from aiovm.vm import LifeState, Vm
 
 
@@ -352,3 +354,32 @@ def test_hosts_that_cannot_take_it():
             Vm.restore(Host(1), snapshot)
 
     run(main())
+
+
+#: What a snapshot need not hold: made with the machine, derived from what is held, empty at rest, or the program's.
+MADE = {
+    "vcpu": "vm index vcpu_id apic context events pv steal ple port thread tsc requests stat history _runs_ahead _poll",
+    "derived": "eff_db _timer",
+    "at rest": "mode blocking _polling mutex wq pid mmio",
+    "program's": "kvm_run sigpending sigset sigset_active _immediate_exit _interrupted",
+    "hooks": "on_sched_out on_slice lock_probe",
+}
+MADE_CONTEXT = "engine index port buffer address _state map_generation stepping watching accesses answers tsc"
+MADE_THREAD = "number group notifier alarm state resched"
+
+
+def test_whatever_a_vcpu_gets_is_saved_or_named_here():
+    """An attribute that is new here belongs into VcpuSnapshot, ThreadAccount, ContextState, or the lists above."""
+
+    async def main():
+        vm = Vm(Host(1), memory=1 << 20)
+        vcpu = vm.vcpus[0]
+        vm.close()
+        return set(vars(vcpu)), set(vars(vcpu.context)), {field.name for field in fields(vcpu.thread)}
+
+    vcpu, context, thread = run(main())
+    renamed = {"owed": "owed_ns"}
+    saved = {renamed.get(field.name, field.name) for field in fields(VcpuSnapshot)}
+    assert vcpu - saved == set(" ".join(MADE.values()).split()) - saved
+    assert context - {field.name for field in fields(ContextState)} == set(MADE_CONTEXT.split())
+    assert thread - {field.name for field in fields(ThreadAccount)} == set(MADE_THREAD.split())
