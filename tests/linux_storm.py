@@ -8,6 +8,7 @@ CPUs gets through some seconds in that time.
 """
 
 import argparse
+import asyncio
 import hashlib
 import os
 import re
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 
 from aiovm.loop import run, run_wall
+from aiovm.stats import percentile
+from aiovm.units import format_ns
 from aiovm.vm import Vm
 
 GUESTS = Path(os.environ.get("AIOVM_GUESTS") or Path(__file__).parents[1] / "out" / "guests")
@@ -62,13 +65,22 @@ async def storm(vm, first, rounds):
     return last
 
 
+async def heartbeat(late):
+    """How late each millisecond's wake-up was, in ns: the loop must not wait for a slice."""
+    while True:
+        wanted = time.monotonic_ns() + 1_000_000
+        await asyncio.sleep(0.001)
+        late.append(time.monotonic_ns() - wanted)
+
+
 async def soak(clock, vcpus, minutes):
     """Storm until the time is over; prints what happened."""
     guest = Vm.linux(GUESTS / "vmlinuz", initrd=str(GUESTS / "initrd.gz"), cmdline="console=ttyS0 quiet", vcpus=vcpus)
     async with guest as vm:
         await vm.expect("~ # ", timeout=PATIENCE)
         await prepare(vm)
-        began, said, done = time.monotonic(), 0.0, 0
+        began, said, done, late = time.monotonic(), 0.0, 0, []
+        pulse = asyncio.create_task(heartbeat(late)) if clock == "wall" else None
         while (spent := time.monotonic() - began) < 60 * minutes:
             done = await storm(vm, done, 16)
             log = await vm.shell("dmesg", timeout=PATIENCE)
@@ -76,6 +88,9 @@ async def soak(clock, vcpus, minutes):
             if spent - said >= 60:
                 said = spent
                 print(f"{clock}: {spent / 60:.1f} min, {done} rounds", flush=True)
+        if pulse is not None:
+            pulse.cancel()
+            print(f"{clock}: a heartbeat of 1 ms is late by {format_ns(percentile(late, 99))} at p99", flush=True)
         source = await vm.shell("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
         guest_s = vm.clock.now() / 1e9
         vm.console.type("poweroff -f\n")
