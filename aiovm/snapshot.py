@@ -18,8 +18,8 @@ Rules:
   the same policy and costs. Both begin with an empty TLB and with their timers armed in the same order.
 * Time goes on from the saved moment: the clock of the new host is set to it. So the guest does not see how long it lay
   on a disk, and is told by its clock's "stopped" flag; the wall time of kvmclock's record is the real one.
-* What is outside is not saved: the program's own devices, claims and hooks, the console's other end, files. A machine
-  with virtio devices is refused.
+* What is outside is not saved: the program's own devices, claims and hooks, the console's other end, files. Of virtio,
+  disks (with what an overlay holds), entropy and consoles are saved; networks and sockets are refused.
 
 Another host's scheduler (other CPUs, another policy, other machines beside) begins afresh.
 """
@@ -31,6 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from aiovm.backends.base import SavedBackend
 from aiovm.costs import Costs
 from aiovm.errors import ConfigError, StateError
 from aiovm.kvmclock import KvmClockState
@@ -42,8 +43,9 @@ from aiovm.spin import SpinOptions
 from aiovm.vcpu_snapshot import VcpuSnapshot, restore_vcpu, save_vcpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from aiovm.backends.base import Backend
     from aiovm.loop import Host
     from aiovm.vm import Vm
 
@@ -103,14 +105,13 @@ class Snapshot:
     last_boosted_vcpu: int
     tsc_last: int
     typed: bytes
+    virtio: tuple[object, ...]
     memory: tuple[SlotImage, ...]
 
 
 def take(vm: Vm) -> Snapshot:
     """A copy of a machine that is at rest."""
     vm.check_at_rest()
-    if vm.has_virtio:
-        raise ConfigError("a machine with virtio devices cannot be saved: their other side is not the machine's")
     host = vm.host
     vcpus = tuple(save_vcpu(vcpu) for vcpu in vm.vcpus)
     return Snapshot(
@@ -134,6 +135,7 @@ def take(vm: Vm) -> Snapshot:
         last_boosted_vcpu=vm.last_boosted_vcpu,
         tsc_last=vm.engine.tsc_last,
         typed=bytes(vm.typed),
+        virtio=tuple(_saved_backend(backend) for backend in vm.backends),
         memory=tuple(
             SlotImage(
                 slot.slot_id, slot.base, slot.size, int(slot.flags), None if slot.dirty is None else bytes(slot.dirty),
@@ -142,6 +144,12 @@ def take(vm: Vm) -> Snapshot:
             for slot in vm.memory.map.slots
         ),
     )  # fmt: skip
+
+
+def _saved_backend(backend: Backend) -> object:
+    if not isinstance(backend, SavedBackend):
+        raise ConfigError(f"a machine with a virtio {type(backend).__name__} cannot be saved: its peers are elsewhere")
+    return backend.save()
 
 
 def _chunks(memory: memoryview) -> Iterator[tuple[int, bytes]]:
@@ -153,7 +161,7 @@ def _chunks(memory: memoryview) -> Iterator[tuple[int, bytes]]:
             yield at, bytes(buffer)
 
 
-def check_host(host: Host, snapshot: Snapshot) -> None:
+def check_host(host: Host, snapshot: Snapshot, virtio: Sequence[Backend]) -> None:
     """Whether the machine can live there at all; :class:`ConfigError` says why not."""
     if snapshot.engine != ENGINE:
         raise ConfigError(f"the snapshot is of engine {snapshot.engine!r}, this is {ENGINE!r}")
@@ -161,6 +169,8 @@ def check_host(host: Host, snapshot: Snapshot) -> None:
         raise ConfigError(
             f"the guest's TSC runs at {snapshot.costs.tsc_khz} kHz; this host's costs say {host.costs.tsc_khz}"
         )
+    if len(virtio) != len(snapshot.virtio):
+        raise ConfigError(f"the saved machine has {len(snapshot.virtio)} virtio devices, not {len(virtio)}")
     if host.machines:
         raise StateError("a machine is restored on a host of its own: its time is the host's time")
 
@@ -177,6 +187,10 @@ def put(vm: Vm, snapshot: Snapshot) -> None:
     same_host = snapshot.host is not None and vm.host.restore(snapshot.host)
     for vcpu, saved in zip(vm.vcpus, snapshot.vcpus, strict=True):
         restore_vcpu(vcpu, saved, same_host=same_host)
+    for backend, state in zip(vm.backends, snapshot.virtio, strict=True):
+        if not isinstance(backend, SavedBackend):
+            raise ConfigError(f"a virtio {type(backend).__name__} takes no saved state")
+        backend.restore(state)
     vm.apic_map_changed()
 
 

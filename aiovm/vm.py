@@ -182,7 +182,7 @@ class Vm:
         self._worker = None if virtual else ThreadPoolExecutor(1, f"aiovm-{self.number}")
         self._loop_thread = threading.get_ident()
         #: What is on its way between CPUs and chips; and who waits, paused.
-        self._in_flight = 0
+        self._in_flight: set[object] = set()
         self._parked: dict[int, asyncio.Future[None]] = {}
         self._settled = asyncio.Event()
         self._at_rest = False
@@ -430,9 +430,9 @@ class Vm:
         self.pc.rearm_all()
 
     @property
-    def has_virtio(self) -> bool:
-        """Whether there are virtio devices."""
-        return bool(self._backends)
+    def backends(self) -> Sequence[Backend]:
+        """What stands behind the virtio devices, in their order."""
+        return self._backends
 
     def check_at_rest(self) -> None:
         """Whether the machine can be saved: it is loaded and not started, or paused; :class:`StateError` if not."""
@@ -454,20 +454,23 @@ class Vm:
         snapshot: Snapshot,
         *,
         console: Callable[[bytes], None] | None = None,
+        virtio: Sequence[Backend] = (),
         native: bool | None = None,
         pointers: bool | None = None,
     ) -> Self:
         """The machine of ``snapshot``, ready to :meth:`run`, on a fresh ``host``, whose clock is set to its time.
 
         In virtual time its future is the saved machine's if the host has as many CPUs, the same policy and costs.
+        ``virtio``: backends of the same kinds in the same order.
         """
-        check_host(host, snapshot)
+        check_host(host, snapshot, virtio)
         host.clock.set_now(snapshot.now, snapshot.epoch_ns)
         c = snapshot.config
         vm = cls(
             host, vcpus=c.vcpus, memory=c.memory, ple=c.ple, halt_poll_ns=c.halt_poll_ns,
             features=KvmFeature(c.features), spin_options=c.spin_options, wall_slice_ns=c.wall_slice_ns, nodes=c.nodes,
-            console=console, native=native, pointers=pointers,
+            console=console,
+            virtio=virtio, native=native, pointers=pointers,
         )  # fmt: skip
         vm._move(LifeEvent.LOAD)
         vm._at_rest = True
@@ -559,11 +562,12 @@ class Vm:
         if self._at_rest:  # nobody runs who could see a difference, and nothing must be on its way
             callback()
             return
-        self._in_flight += 1
-        self.call_at(deadline, partial(self._land, callback))
+        what = object()
+        self._in_flight.add(what)  # a set, for a slice's thread adds while the loop takes away
+        self.call_at(deadline, partial(self._land, what, callback))
 
-    def _land(self, callback: Callable[[], object]) -> None:
-        self._in_flight -= 1
+    def _land(self, what: object, callback: Callable[[], object]) -> None:
+        self._in_flight.discard(what)
         callback()
         if not self._in_flight:
             self._settled.set()

@@ -19,6 +19,9 @@ class Bench:
     def call_at(self, deadline, callback):
         return self.clock.call_at(deadline, callback)
 
+    def post(self, deadline, callback):
+        self.clock.call_at(deadline, callback)
+
     def driver(self, backend, **options):
         """A driver that has brought ``backend``'s device up."""
         return Driver(lambda memory, irq: backend.attach(self, irq), memory=self.memory, **options)

@@ -8,7 +8,11 @@ sides at once, however often it was rung. Data waits where it is until the other
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast, runtime_checkable
+
+import msgspec
+
+from aiovm.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +23,9 @@ if TYPE_CHECKING:
     from aiovm.loop import Host
     from aiovm.memory import GuestMemory
 
-__all__ = ["BackedMachine", "Backend", "Doorbell"]
+__all__ = ["BackedMachine", "Backend", "Doorbell", "SavedBackend", "from_tree", "to_tree"]
+
+T = TypeVar("T")
 
 
 class BackedMachine(Protocol):
@@ -35,6 +41,9 @@ class BackedMachine(Protocol):
     def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
         """Run ``callback`` on the loop at ``deadline`` (ns), while no slice of the machine runs; from any thread."""
 
+    def post(self, deadline: int, callback: Callable[[], object]) -> None:
+        """The same for what a pause waits for, and what happens at once during one."""
+
 
 class Backend(Protocol):
     """One device's other half: made by the embedding program, given to the machine."""
@@ -44,6 +53,30 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Let go of files, tasks and threads; the machine does not run any more."""
+
+
+@runtime_checkable
+class SavedBackend(Protocol):
+    """A backend whose half of the machine can be saved, while the machine is at rest."""
+
+    def save(self) -> object:
+        """Plain values (:func:`to_tree`)."""
+
+    def restore(self, state: object) -> None:
+        """Take over what :meth:`save` gave."""
+
+
+def to_tree(state: object) -> object:
+    """A dataclass as plain values."""
+    return cast("object", msgspec.to_builtins(state, builtin_types=(bytes, bytearray)))
+
+
+def from_tree(tree: object, kind: type[T]) -> T:
+    """And back; :class:`ConfigError` when it is no such state."""
+    try:
+        return msgspec.convert(tree, kind, builtin_types=(bytes, bytearray))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"a saved virtio device of another kind: {error}") from error
 
 
 class Doorbell:
@@ -61,7 +94,7 @@ class Doorbell:
         """Ask for service; a bell that was rung already stays so."""
         if not self._rung:
             self._rung = True
-            self._machine.call_at(self._machine.clock.now() + self._latency_ns, self._answer)
+            self._machine.post(self._machine.clock.now() + self._latency_ns, self._answer)
 
     def _answer(self) -> None:
         # Lowered first: what comes during the service rings again.

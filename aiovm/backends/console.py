@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiovm.backends.base import Doorbell
+from aiovm.backends.base import Doorbell, from_tree, to_tree
 from aiovm.backends.stream import open_stream
-from aiovm.devices.virtio.console import VirtioConsole
+from aiovm.devices.virtio.console import ConsoleState, VirtioConsole
 from aiovm.errors import StateError
 
 if TYPE_CHECKING:
@@ -64,6 +64,18 @@ class ConsolePort:
             self._transport.deliver(bytes(self._printed))
             self._printed.clear()
             self._transport.lost(None)
+
+    def save(self) -> object:
+        """The device; what was printed has been delivered."""
+        if self._device is None:
+            raise StateError("the console has no machine yet")
+        return to_tree(self._device.save())
+
+    def restore(self, state: object) -> None:
+        """Take over a saved state; the streams are new ones."""
+        if self._device is None:
+            raise StateError("the console has no machine yet")
+        self._device.restore(from_tree(state, ConsoleState))
 
     # ---- Link --------------------------------------------------------------------------------------------------
 

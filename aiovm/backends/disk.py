@@ -9,9 +9,12 @@ Requests are carried out one after another in the order in which the guest made 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aiovm.devices.virtio.block import BlockOp, BlockRequest, BlockStatus, VirtioBlock
+from aiovm.backends.base import from_tree, to_tree
+from aiovm.backends.storage import Overlay
+from aiovm.devices.virtio.block import BlockOp, BlockRequest, BlockState, BlockStatus, VirtioBlock
 from aiovm.errors import ConfigError, StateError
 from aiovm.units import US
 
@@ -25,6 +28,14 @@ if TYPE_CHECKING:
 __all__ = ["Disk"]
 
 Answer = tuple[BlockStatus, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskState:
+    """``overlay``: (sector, data) of what was written above the base, or None where there is no overlay."""
+
+    device: BlockState
+    overlay: list[tuple[int, bytes]] | None
 
 
 class Disk:
@@ -59,11 +70,31 @@ class Disk:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._storage.close()
 
+    def save(self) -> object:
+        """The device, and what an overlay holds, with the writes that are not answered yet."""
+        if self._device is None:
+            raise StateError("the disk has no machine yet")
+        storage = self._storage
+        overlay = self._thread.submit(storage.save).result() if isinstance(storage, Overlay) else None
+        return to_tree(DiskState(self._device.save(), overlay))
+
+    def restore(self, state: object) -> None:
+        """Take over a saved state. A disk without an overlay must hold what it held then."""
+        saved = from_tree(state, DiskState)
+        if self._device is None:
+            raise StateError("the disk has no machine yet")
+        storage = self._storage
+        if (saved.overlay is not None) != isinstance(storage, Overlay):
+            raise ConfigError("a disk with an overlay is restored on one with an overlay, and only there")
+        if isinstance(storage, Overlay) and saved.overlay is not None:
+            self._thread.submit(storage.restore, saved.overlay).result()
+        self._device.restore(saved.device)
+
     def _submit(self, request: BlockRequest) -> None:
         machine = self._machine
         future = self._thread.submit(self._carry_out, request)
         if machine.clock.is_virtual:
-            machine.call_at(machine.clock.now() + self._latency_ns, lambda: self._finish(request, future))
+            machine.post(machine.clock.now() + self._latency_ns, lambda: self._finish(request, future))
         else:
             future.add_done_callback(
                 lambda future: machine.call_at(machine.clock.now(), lambda: self._finish(request, future))

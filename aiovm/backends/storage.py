@@ -95,6 +95,23 @@ class Overlay:
         count = len(data) // SECTOR
         self._written[sector : sector + count] = b"\x01" * count
 
+    def save(self) -> list[tuple[int, bytes]]:
+        """The runs of written sectors."""
+        runs = []
+        sector = self._written.find(1)
+        while sector >= 0:
+            end = self._written.find(0, sector)
+            end = len(self._written) if end < 0 else end
+            runs.append((sector, _read(self._file.fileno(), sector * SECTOR, (end - sector) * SECTOR)))
+            sector = self._written.find(1, end)
+        return runs
+
+    def restore(self, runs: list[tuple[int, bytes]]) -> None:
+        """Hold these, and nothing else."""
+        self._written[:] = bytes(len(self._written))
+        for sector, data in runs:
+            self.write(sector, data)
+
     def flush(self) -> None:
         """Nothing: the overlay does not outlive the program."""
 

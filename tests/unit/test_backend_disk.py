@@ -196,3 +196,43 @@ def test_a_latency_is_not_negative(image):
     with pytest.raises(ConfigError):
         Disk(storage, latency_ns=-1)
     storage.close()
+
+
+def test_an_overlay_is_saved_by_runs_and_restored_as_it_was(image, tmp_path):
+    overlay = Overlay(FileStorage(image))
+    overlay.write(2, b"a" * 1024)
+    overlay.write(9, b"b" * 512)
+    overlay.write(16, b"c" * 512)
+    runs = overlay.save()
+    assert runs == [(2, b"a" * 1024), (9, b"b" * 512), (16, b"c" * 512)]
+    other = Overlay(FileStorage(image))
+    other.write(0, b"gone" * 128)
+    other.restore(runs)
+    assert other.read(0, 17 * 512) == overlay.read(0, 17 * 512)
+    overlay.close()
+    other.close()
+
+
+@RUNNERS
+def test_a_disk_is_saved_with_what_was_written(image, runner):
+    async def main():
+        bench = Bench()
+        disk = Disk(Overlay(FileStorage(image)))
+        driver = bench.driver(disk)
+        assert await write(driver, 3, b"x" * 512) == 0
+        driver.send(0, header(1, 5) + b"y" * 512, 1)  # under way
+        saved = disk.save()
+        other = Disk(Overlay(FileStorage(image)))
+        other.attach(bench, driver.device._irq).restore(disk._device.save())
+        other.restore(saved)
+        driver.device = other._device
+        assert await read(driver, 3) == (0, b"x" * 512)
+        assert await read(driver, 5) == (0, b"y" * 512)
+        plain = Disk(FileStorage(image))
+        plain.attach(bench, driver.device._irq)
+        with pytest.raises(ConfigError, match="overlay"):
+            plain.restore(saved)
+        for one in (disk, other, plain):
+            await one.aclose()
+
+    runner(main())

@@ -30,3 +30,20 @@ def test_the_wall_clock_does_not():
 
 def test_another_source():
     assert drawn(run, 1, Entropy(lambda n: b"\7" * n)) == b"\7" * 16
+
+
+def test_the_generator_goes_on_where_it_was_saved():
+    async def main():
+        bench = Bench(3)
+        first, second = Entropy(), Entropy()
+        driver = bench.driver(first)
+        driver.send(0, 16)
+        saved = first.save()
+        _, (address,) = driver.send(0, 16)
+        wanted = driver.memory.read(address, 16)
+        again = bench.driver(second)
+        second.restore({**saved, "device": second.save()["device"]})
+        _, (address,) = again.send(0, 16)
+        assert again.memory.read(address, 16) == wanted
+
+    run(main())

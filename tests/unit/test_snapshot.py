@@ -7,7 +7,7 @@ import pytest
 from bare import CODE, DATA, prepare
 
 from aiovm import guests
-from aiovm.backends import Entropy
+from aiovm.backends import ConsolePort, Entropy, UserNet
 from aiovm.clock import VirtualClock
 from aiovm.costs import Costs
 from aiovm.engine.base import ContextState
@@ -328,14 +328,28 @@ def test_a_vcpu_that_waits_for_an_answer_is_not_saved():
     run(main())
 
 
-def test_virtio_is_refused():
-    async def main():
-        async with Vm(Host(1), memory=8 << 20, virtio=[Entropy()]) as vm:
+def test_virtio_devices_come_back_with_the_same_kinds_only():
+    async def saved(*backends):
+        async with Vm(Host(1), memory=8 << 20, virtio=backends) as vm:
             vm.load(guest("ticks"))
-            with pytest.raises(ConfigError, match="virtio"):
-                vm.save()
+            return vm.save()
 
-    run(main())
+    async def restored(snapshot, *backends):
+        try:
+            async with Vm.restore(Host(1), snapshot, virtio=backends) as vm:
+                return vm.save()
+        finally:
+            for backend in backends:
+                await backend.aclose()
+
+    snapshot = run(saved(Entropy(), ConsolePort(columns=99)))
+    assert run(restored(snapshot, Entropy(), ConsolePort())) == snapshot
+    with pytest.raises(ConfigError, match="has 2 virtio devices, not 0"):
+        run(restored(snapshot))
+    with pytest.raises(ConfigError, match="another kind"):
+        run(restored(snapshot, ConsolePort(), Entropy()))
+    with pytest.raises(ConfigError, match="a virtio UserNet cannot be saved"):
+        run(saved(UserNet()))
 
 
 def test_hosts_that_cannot_take_it():

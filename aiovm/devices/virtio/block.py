@@ -18,13 +18,13 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from aiovm.devices.virtio.queue import Chain  # noqa: TC001  (msgspec reads it)
 from aiovm.devices.virtio.transport import TransportState, VirtioDevice
 from aiovm.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiovm.devices.virtio.queue import Chain
     from aiovm.irq import IrqLine
     from aiovm.memory import GuestMemory
 

@@ -14,12 +14,12 @@ import struct
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from aiovm.devices.virtio.queue import Chain  # noqa: TC001  (msgspec reads it)
 from aiovm.devices.virtio.transport import TransportState, VirtioDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiovm.devices.virtio.queue import Chain
     from aiovm.irq import IrqLine
     from aiovm.memory import GuestMemory
 
