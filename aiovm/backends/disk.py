@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiovm.backends.storage import Storage
     from aiovm.irq import IrqLine
 
-__all__ = ["Disk"]
+__all__ = ["Disk", "DiskState"]
 
 Answer = tuple[BlockStatus, bytes]
 

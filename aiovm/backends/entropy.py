@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aiovm.backends.base import BackedMachine
     from aiovm.irq import IrqLine
 
-__all__ = ["Entropy"]
+__all__ = ["Entropy", "EntropyState"]
 
 
 @dataclass(frozen=True, slots=True)
