@@ -43,7 +43,9 @@ def _run(
     pcpus: Annotated[
         int | None, typer.Option(help="Physical CPUs they share.", show_default="as many as vCPUs")
     ] = None,
-    memory: Annotated[str, typer.Option(help="Guest memory, as in 64M or 1G.")] = "64M",
+    memory: Annotated[
+        str | None, typer.Option(help="Guest memory, as in 64M or 1G.", show_default="64M; for Linux 256M")
+    ] = None,
     append: Annotated[str, typer.Option(help="The guest's command line.")] = "",
     initrd: Annotated[str, typer.Option(help="Modules: 'FILE arguments,FILE2'.")] = "",
     clock: Annotated[
@@ -93,7 +95,9 @@ def _run(
         if not data:
             raise ConfigError(f"{image}: the image is empty")
     check_seed(seed)
-    wall = (clock or _natural_clock(data, console)) is ClockName.WALL
+    linux = identify(data) in ("bzimage", "vmlinux", "pvh")
+    wall = (clock or _natural_clock(linux, console)) is ClockName.WALL
+    size = parse_size(memory or ("256M" if linux else "64M"))
     if json is not None:
         check_writable(json)
     tracer = Tracer()
@@ -121,7 +125,7 @@ def _run(
             seed=seed,
             trace=tracer,
         )
-        vm = Vm(host, vcpus=vcpus, memory=parse_size(memory), ple=ple, nodes=nodes, console=out)
+        vm = Vm(host, vcpus=vcpus, memory=size, ple=ple, nodes=nodes, console=out)
         assert image is not None
         try:
             vm.load(data, name=image.name, cmdline=append, modules=modules, unpack=unpack)
@@ -176,10 +180,10 @@ def _run(
     raise typer.Exit(outcome.status & 0xFF)
 
 
-def _natural_clock(image: bytes, console: str) -> ClockName:
+def _natural_clock(linux: bool, console: str) -> ClockName:
     """Who starts Linux on a terminal wants to type."""
     talks = console == "stdio" and sys.stdin.isatty() and sys.stdout.isatty()
-    return ClockName.WALL if talks and identify(image) in ("bzimage", "vmlinux", "pvh") else ClockName.VIRTUAL
+    return ClockName.WALL if talks and linux else ClockName.VIRTUAL
 
 
 def _statistics(vm: Vm, host: Host) -> dict[str, object]:

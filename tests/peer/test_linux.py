@@ -219,9 +219,9 @@ def test_to_a_shell_on_the_wall_clock():
 
 @pytest.mark.wall
 def test_a_person_at_a_terminal():
-    """``aiovm run`` of a kernel is an interactive shell without further options."""
+    """``aiovm run`` of a kernel is an interactive shell, on the wall clock and with memory enough, by itself."""
     files = str(GUESTS / "vmlinuz"), "--initrd", str(GUESTS / "initrd.gz")
-    with terminal("run", *files, "--memory", "256M", "--append", "console=ttyS0 quiet") as tty:
+    with terminal("run", *files, "--append", "console=ttyS0 quiet") as tty:
         assert b"up on 1 CPUs\r\n" in tty.read_until(b"~ # ", PATIENCE)
         tty.type(b"echo $((6 * 7))\r")
         assert b"\r\n42\r\n" in tty.read_until(b"42\r\n~ # ")
