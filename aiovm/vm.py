@@ -51,6 +51,7 @@ from aiovm.tsc import ns_to_tsc, tsc_to_ns
 from aiovm.units import parse_size
 from aiovm.vcpu import MpState, Vcpu
 from aiovm.vcpu_io import UserHandler, UserRange
+from aiovm.vm_state import VmIoctls
 
 if TYPE_CHECKING:
     import re
@@ -111,7 +112,7 @@ class Outcome:
     now: int
 
 
-class Vm:
+class Vm(VmIoctls):
     """One machine on ``host``.
 
     ``memory``: bytes of RAM. ``ple``: pause-loop exiting. ``halt_poll_ns``: the longest halt poll (KVM's default).

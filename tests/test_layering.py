@@ -52,7 +52,7 @@ FLOORS = {
     3: ("engine", "engine.*"),
     4: ("machine", "port", "vcpu", "vcpu_*", "policy.thread"),
     5: ("loop", "policy*"),
-    6: ("vm", "pc", "acpi", "console", "snapshot*", "loaders*", "guests", "sinks*", "backends*"),
+    6: ("vm", "vm_*", "pc", "acpi", "console", "snapshot*", "loaders*", "guests", "sinks*", "backends*"),
     7: ("", "__main__", "cli*", "locks*", "sim*", "gdb*", "service*"),
 }
 
