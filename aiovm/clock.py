@@ -206,6 +206,8 @@ class VirtualClock:
         self._heap: list[tuple[int, int, Timer]] = []
         self._serial = 0
         self._turns = 0
+        #: Time stands still, see :meth:`hold`.
+        self.held = False
         #: The loop's queue of callbacks that are ready now; nobody may skip past them.
         self.ready: deque[object] = deque()
 
@@ -290,9 +292,15 @@ class VirtualClock:
         """Whether nothing is armed and nobody ready: from inside a timer's call, it is the last that can happen."""
         return not self.ready and all(timer.callback is None for _, _, timer in self._heap)
 
+    def hold(self, wanted: bool) -> None:
+        """Have time stand still, or go on: nothing that is armed happens meanwhile."""
+        self.held = wanted
+
     def steps(self, most: int) -> int:
         """Make up to ``most`` calls, each at its deadline, and stop when one made something ready; how many."""
         heap, cells, ready = self._heap, self.cells, self.ready
+        if self.held:
+            return 0
         pop = heapq.heappop
         done = 0
         cells[1] = FOREVER  # whoever runs a slice sets its limit

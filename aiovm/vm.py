@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from aiovm.acpi import Board, MmioDevice, write_tables
 from aiovm.bus import Bus
@@ -32,7 +32,7 @@ from aiovm.devices.debug_exit import DebugExit
 from aiovm.devices.virtio.slots import virtio_slots
 from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, GuestPanic, StateError, TripleFault, UnhandledExit
-from aiovm.exits import EngineFault, Exit, Interrupted, Mmio, Pio, Shutdown, SystemEvent
+from aiovm.exits import Debug, EngineFault, Exit, Interrupted, Mmio, Pio, Shutdown, SystemEvent
 from aiovm.halt_poll import LINUX_6_16
 from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
@@ -105,11 +105,18 @@ LIFE: dict[LifeState, dict[LifeEvent, LifeState]] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the guest ended: ``reason`` is power-off, reset or debug-exit; ``status`` the process status for it."""
+    """How the guest ended: ``reason`` is power-off, reset, debug-exit or stopped; ``status`` the process status."""
 
     reason: str
     status: int
     now: int
+
+
+class Debugger(Protocol):
+    """What a machine asks of who debugs it."""
+
+    async def on_exit(self, vcpu: Vcpu, exit_: Debug | Interrupted) -> None:
+        """A vCPU has left; it goes on when this returns."""
 
 
 class Vm(VmIoctls):
@@ -156,6 +163,8 @@ class Vm(VmIoctls):
         self.last_boosted_vcpu = 0
         self.wall_slice_ns = wall_slice_ns
         self.life = LifeState.NEW
+        #: Takes the exits that are a debugger's (:mod:`aiovm.gdb`).
+        self.debugger: Debugger | None = None
         self.features = features
 
         self.memory = GuestMemory()
@@ -334,6 +343,9 @@ class Vm(VmIoctls):
             if self.life is LifeState.PAUSED and isinstance(exit_, Interrupted):
                 await self._park(vcpu)
                 continue
+            if self.debugger is not None and isinstance(exit_, Debug | Interrupted):
+                await self.debugger.on_exit(vcpu, exit_)
+                continue
             handler = self._handler(exit_)
             if handler is None:
                 self._answer(vcpu, exit_)
@@ -489,6 +501,11 @@ class Vm(VmIoctls):
     def end(self, reason: str, status: int) -> None:
         """The guest wants to end, from inside a slice."""
         self.engine.leave(SystemEvent(reason, status))
+
+    def stop(self) -> None:
+        """End the machine from outside: :meth:`run` returns with the reason "stopped"."""
+        if not self._ended.done():
+            self._ended.set_result(Outcome("stopped", 0, self.clock.now()))
 
     async def __aenter__(self) -> Self:
         return self
