@@ -502,6 +502,10 @@ class Vm(VmIoctls):
         """The guest wants to end, from inside a slice."""
         self.engine.leave(SystemEvent(reason, status))
 
+    def on_end(self, callback: Callable[[Outcome], object]) -> None:
+        """Call ``callback`` when the guest has ended by itself or by :meth:`stop`."""
+        self._ended.add_done_callback(lambda ended: None if ended.cancelled() else callback(ended.result()))
+
     def stop(self) -> None:
         """End the machine from outside: :meth:`run` returns with the reason "stopped"."""
         if not self._ended.done():

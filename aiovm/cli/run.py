@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from contextlib import nullcontext
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -18,6 +18,7 @@ from aiovm.cli.options import ClockName, check_seed
 from aiovm.cli.snapshots import given, host_like, open_snapshot, save_time, saving
 from aiovm.cli.status import OK
 from aiovm.errors import ConfigError, DeadlockError, TimeoutExpired
+from aiovm.gdb import GdbServer
 from aiovm.loaders import Module, identify, read_modules
 from aiovm.loop import Host, run, run_wall
 from aiovm.policy import by_name
@@ -25,6 +26,9 @@ from aiovm.sinks import open_sinks
 from aiovm.trace import HashSink, Tracer
 from aiovm.units import parse_duration, parse_size
 from aiovm.vm import Outcome, Vm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 __all__ = ["register"]
 
@@ -67,6 +71,9 @@ def _run(
     save_at: Annotated[str | None, typer.Option(help="When to save, on the guest's clock, as in 2s.")] = None,
     restore: Annotated[Path | None, typer.Option(help="Go on from a saved machine, instead of an image.")] = None,
     trace: Annotated[str | None, typer.Option(help="Record to .pftrace (Perfetto), .json (Chrome) or .jsonl.")] = None,
+    gdb: Annotated[
+        int | None, typer.Option(help="Wait for GDB on this port: target remote localhost:PORT, then continue.")
+    ] = None,
 ) -> None:
     """Run a guest until it ends.
 
@@ -135,7 +142,7 @@ def _run(
         return vm
 
     async def main() -> tuple[Outcome, dict[str, object]]:
-        async with make() as vm, saving(vm, save, when):
+        async with make() as vm, saving(vm, save, when), _debugged(vm, gdb):
             host = vm.host
             until = None if limit is None else host.clock.now() + limit
             task = asyncio.ensure_future(vm.run())
@@ -178,6 +185,17 @@ def _run(
         report["trace_hash"] = digest.hexdigest()
         write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     raise typer.Exit(outcome.status & 0xFF)
+
+
+@asynccontextmanager
+async def _debugged(vm: Vm, port: int | None) -> AsyncIterator[None]:
+    """With GDB on ``port``, the guest waits for it."""
+    if port is None:
+        yield
+        return
+    async with GdbServer(vm, port) as server:
+        print(f"waiting for gdb: target remote localhost:{server.port}", file=sys.stderr, flush=True)
+        yield
 
 
 def _natural_clock(linux: bool, console: str) -> ClockName:

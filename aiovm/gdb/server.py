@@ -71,6 +71,7 @@ class GdbServer:
             raise ConfigError(f"gdb: cannot listen on {self._host}:{self.port}: {error.strerror}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         self._session = DebugSession(self.vm)
+        self.vm.on_end(self._on_end)
         return self
 
     async def __aexit__(
@@ -87,8 +88,7 @@ class GdbServer:
         if self._session is not None:
             self._session.detach()
 
-    def ended(self, outcome: Outcome) -> None:
-        """The machine has ended: GDB is told its status."""
+    def _on_end(self, outcome: Outcome) -> None:
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(b"W%02x" % (outcome.status & 0xFF))
 
@@ -125,6 +125,8 @@ class _Client:
         self._current = 0
         self._last: Stop = Stop(0)
         self._gone = False
+        #: What has come in; None when the connection is over.
+        self._inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._queries: dict[str, Callable[[str], bytes]] = {
             "Supported": self._supported,
             "fThreadInfo": lambda _: b"m" + b",".join(b"%x" % (v.index + 1) for v in vm.vcpus),
@@ -140,10 +142,27 @@ class _Client:
 
     async def serve(self) -> None:
         """Until GDB leaves, or the guest ends."""
+        reading = asyncio.ensure_future(self._read())
+        try:
+            await self._serve()
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+
+    async def _read(self) -> None:
+        try:
+            while (packet := await self._stream.receive()) is not None:
+                self._inbox.put_nowait(packet)
+        except ConnectionError:
+            pass
+        finally:
+            self._inbox.put_nowait(None)
+
+    async def _serve(self) -> None:
         self._session.stop()
         self._last = await self._stopped()
         while not self._gone:
-            packet = await self._stream.receive()
+            packet = await self._next()
             if packet is None:
                 return
             if packet == INTERRUPT:
@@ -158,6 +177,16 @@ class _Client:
             else:
                 await self._run(resume)
 
+    async def _next(self) -> bytes | None:
+        """The next packet; None when the connection or the machine is over."""
+        received = asyncio.ensure_future(self._inbox.get())
+        waiting: list[asyncio.Future[Any]] = [received, self._ended]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if received.done():
+            return received.result()
+        received.cancel()
+        return None
+
     async def _stopped(self) -> Stop:
         stopped = asyncio.ensure_future(self._session.wait_stopped())
         waiting: list[asyncio.Future[Any]] = [stopped, self._ended]
@@ -171,7 +200,7 @@ class _Client:
         """Let go, and wait for a stop, the end or Ctrl-C; tell GDB."""
         self._session.resume(actions)
         stopped = asyncio.ensure_future(self._session.wait_stopped())
-        received = asyncio.ensure_future(self._stream.receive())
+        received = asyncio.ensure_future(self._inbox.get())
         while True:
             waiting: list[asyncio.Future[Any]] = [stopped, received, self._ended]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -182,8 +211,9 @@ class _Client:
                 if self._gone:
                     break
             self._session.stop()
-            received = asyncio.ensure_future(self._stream.receive())
-        received.cancel()
+            received = asyncio.ensure_future(self._inbox.get())
+        if not received.cancel() and received.result() != INTERRUPT:
+            self._inbox.put_nowait(received.result())
         if stopped.done():
             self._last = stopped.result()
             self._current = self._last.vcpu
@@ -212,7 +242,7 @@ class _Client:
 
     def _actions(self, command: str) -> dict[int, Action] | None:
         """What vCPUs shall do, when the command is one that resumes."""
-        if command in ("c", "s") or command.startswith(("C", "S")):
+        if command[:1] in ("c", "C", "s", "S"):
             step = command[0] in "sS"
             return dict.fromkeys(range(len(self._vm.vcpus)), Action.CONTINUE) | {
                 self._current: Action.STEP if step else Action.CONTINUE
@@ -222,7 +252,9 @@ class _Client:
         found: dict[int, Action] = {}
         for part in command[6:].split(";"):
             word, _, thread = part.partition(":")
-            action = Action.STEP if word[:1] in ("s", "S") else Action.CONTINUE
+            if word[:1] not in ("c", "C", "s", "S"):
+                continue
+            action = Action.STEP if word[0] in "sS" else Action.CONTINUE
             named = range(len(self._vm.vcpus)) if thread in ("", "-1") else [self._thread(thread)]
             for index in named:
                 if index is not None:
