@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from aiovm.engine.base import Context
     from aiovm.snapshot import Snapshot
 
-__all__ = ["LifeEvent", "LifeState", "Outcome", "Vm"]
+__all__ = ["Debugger", "LifeEvent", "LifeState", "Outcome", "Vm"]
 
 _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
 _DEBUG_EXIT = 0xF4
