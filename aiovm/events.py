@@ -1,6 +1,6 @@
 """What a vCPU must still deliver, and which comes first (``kvm_vcpu_events``; SDM vol. 3A, 6.9 and 6.15).
 
-Rules, from the sheets *run-loop* §6 and *vcpu* §8; where versions differ, 6.16:
+Rules, from ``arch/x86/kvm/x86.c`` of Linux 6.16; where versions differ, 6.16:
 
 * An exception, NMI or interrupt is *pending* until it is chosen, then *injected* until its delivery is done. Injected
   ones go first, then a pending exception, SMI, NMI, interrupt.

@@ -1,4 +1,4 @@
-"""Breakpoints: the guest's own debug registers, and KVM_SET_GUEST_DEBUG's (SDM vol. 3B, 18.2; the sheet *vcpu* §3).
+"""Breakpoints: the guest's own debug registers, and KVM_SET_GUEST_DEBUG's (SDM vol. 3B, 18.2).
 
 Rules:
 

@@ -12,8 +12,8 @@ Rule, first match, with window P, limit M and block time B (polling included):
     P < M and B < M   grow
     else              keep
 
-Source: ``virt/kvm/kvm_main.c`` of Linux 4.6, 4.19 and 6.16 (``kvm_vcpu_block``, ``kvm_vcpu_halt``); the sheet
-*halt-and-spin* §1. A guest that cleared bit 0 of MSR_KVM_POLL_CONTROL is neither polled for nor adapted.
+Source: ``virt/kvm/kvm_main.c`` of Linux 4.6, 4.19 and 6.16 (``kvm_vcpu_block``, ``kvm_vcpu_halt``).
+A guest that cleared bit 0 of MSR_KVM_POLL_CONTROL is neither polled for nor adapted.
 
 Modelled: the rule in both forms, with their defaults. Not modelled: the poll itself, which is the vCPU's waiting.
 """

@@ -7,7 +7,7 @@ nanosecond and the guest may read any of them: TSC_STABLE. That holds when all T
 registered through the old MSR. Otherwise each record gets an instant of its own and the guest must keep a maximum.
 While the pair is taken, MCLOCK_INPROGRESS holds all vCPUs out of the guest; CLOCK_UPDATE follows on each.
 
-Rules (``arch/x86/kvm/x86.c`` of Linux 6.16; the sheet *pvclock* §5 to §7, §12):
+Rules (``arch/x86/kvm/x86.c`` of Linux 6.16):
 
 * The clock starts at 0 when the machine is made (``kvmclock_offset`` = -now).
 * SET_CLOCK measures from the master pair when it is in use, so that system times never become negative.

@@ -1,7 +1,7 @@
 """The local APIC: xAPIC and x2APIC registers, priorities, accepting, EOI, local interrupts (SDM vol. 3A, ch. 10).
 
 One chip a vCPU. Methods return values that say what the vCPU must do; nobody is called. Rules, from
-``arch/x86/kvm/lapic.c`` (Linux 6.16) and the sheet *lapic*:
+``arch/x86/kvm/lapic.c`` (Linux 6.16):
 
 * Deliverable is the highest IRR vector whose class is above PPR; PPR is a function of TPR and ISR alone.
 * A vector may be in IRR and ISR at once; a third one merges. TMR holds the last accepted trigger mode of a vector.

@@ -1,6 +1,6 @@
 """Who receives an interrupt message: destination matching (SDM vol. 3A, 10.6.2; KVM's ``lapic.c``, ``irq_comm.c``).
 
-Rules, from Linux 6.16 and the sheet *lapic* §4.2 and §4.3:
+Rules, from Linux 6.16:
 
 * Physical: the id, or the broadcast 0xFF (xAPIC) / 0xFFFFFFFF (x2APIC). A chip in xAPIC mode also answers to its
   vCPU id when that is above 0xFF. A message that no local APIC sent (I/O APIC, MSI) means everyone by 0xFF.

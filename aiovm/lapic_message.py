@@ -1,7 +1,7 @@
 """Interrupt messages: what travels between local APICs, from the I/O APIC and as MSI, and what a local APIC answers.
 
 Values only. The bits are the interrupt command register's (SDM vol. 3A, 10.6.1) and the message address and data
-registers' (10.11); the sheet *lapic* §4 and §4.4.
+registers' (10.11).
 """
 
 from __future__ import annotations

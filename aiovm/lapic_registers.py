@@ -1,4 +1,4 @@
-"""The local APIC's registers and state as plain values (SDM vol. 3A, table 10-1; the sheet *lapic* §1, §5 and §8).
+"""The local APIC's registers and state as plain values (SDM vol. 3A, table 10-1).
 
 What they do is in :mod:`aiovm.lapic`.
 """
@@ -22,7 +22,7 @@ APIC_BASE: Final = 0xFEE0_0000
 #: The mask bit of a local vector.
 LVT_MASKED: Final = 1 << 16
 
-#: Writable bits of each local vector; the timer's mode bits come on top (the sheet *lapic* §5).
+#: Writable bits of each local vector; the timer's mode bits come on top (``arch/x86/kvm/lapic.c`` of Linux 6.16).
 LVT_WRITABLE: Final = (0x110FF, 0x117FF, 0x117FF, 0x1F7FF, 0x1F7FF, 0x110FF)
 
 

@@ -1,7 +1,7 @@
 """The local APIC's timer: initial count, current count, divider and TSC deadline (SDM vol. 3A, 10.5.4).
 
 Pure arithmetic on a small state: ``now`` goes in, the next deadline comes out, nobody is called. Rules, from
-``arch/x86/kvm/lapic.c`` (Linux 6.16) and the sheet *lapic* §7:
+``arch/x86/kvm/lapic.c`` (Linux 6.16):
 
 * Bus cycle 1 ns (``apic_bus_cycle_ns``), so a period is TMICT × divisor ns. TMICT 0 stops the timer.
 * A periodic timer steps from its old deadline, never from ``now``; its period is at least 200 µs

@@ -1,6 +1,6 @@
 """Guest physical memory: memslots, generations, cached pointers, the dirty log (``virt/kvm/kvm_main.c``).
 
-Rules, from the sheet *mmu* §6, §7 and §9:
+Rules, from ``virt/kvm/kvm_main.c`` of Linux 6.16:
 
 * A slot is ``{base, size, flags}`` over host memory. Addresses and sizes are whole pages; slots of one address
   space do not overlap. Size, backing and READONLY of a slot never change; it may move, or change LOG_DIRTY.

@@ -1,4 +1,4 @@
-"""Guest memory by linear address, and a vCPU's paging contexts (``arch/x86/kvm/mmu.h``, ``x86.c``; sheet *mmu* §1, §5).
+"""Guest memory by linear address, and a vCPU's paging contexts (``arch/x86/kvm/mmu.h``, ``x86.c``).
 
 Rules:
 
@@ -156,7 +156,7 @@ class Mmu:
 
 
 class VcpuMmu:
-    """A vCPU's three contexts (sheet *mmu* §1.2).
+    """A vCPU's three contexts (``arch/x86/kvm/mmu/`` of Linux 6.16).
 
     ``mmu`` handles faults. ``nested_mmu`` walks a nested guest's own tables. ``walk_mmu`` is whichever of the two
     the guest's linear addresses mean now: ``nested_mmu`` while a nested guest runs on nested tables.

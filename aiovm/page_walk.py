@@ -1,6 +1,6 @@
 """Walking page tables in software, in every paging mode (SDM vol. 3A, chapter 4; ``arch/x86/kvm/mmu/paging_tmpl.h``).
 
-Rules, from the sheet *mmu* §2 to §4:
+Rules, from ``arch/x86/kvm/mmu/paging_tmpl.h`` of Linux 6.16:
 
 * Four modes: no paging, 32-bit (4M pages with CR4.PSE, PSE-36), PAE, 4-level. Outside long mode a linear address
   has 32 bits; canonical form is the caller's check.

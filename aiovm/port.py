@@ -497,7 +497,7 @@ class VcpuPort:
         return self.vcpu.apic.pending_vector() >= 0 or self.vm.pic_pending(self.vcpu)
 
     def _inject_interrupt(self) -> None:
-        """ExtINT before the LAPIC (the sheet *lapic* §2)."""
+        """ExtINT before the LAPIC (``arch/x86/kvm/lapic.c`` of Linux 6.16)."""
         vm, vcpu = self.vm, self.vcpu
         vector = vm.pic_vector(vcpu) if vm.pic_pending(vcpu) else vcpu.apic.acknowledge()
         vcpu.stat.irq_injections += 1

@@ -11,7 +11,7 @@ The record (32 bytes, little-endian), at the address in MSR 0x4B564D01 (or 0x12,
 
     0 u32 version   4 u32 pad   8 u64 tsc_timestamp   16 u64 system_time   24 u32 mul   28 s8 shift   29 u8 flags
 
-Rules (``arch/x86/kvm/x86.c`` of Linux 6.16, ``pvclock-abi.h``; the sheet *pvclock*):
+Rules (``arch/x86/kvm/x86.c`` of Linux 6.16, ``pvclock-abi.h``):
 
 * ``version`` is odd while the record changes: ``(v + 1) | 1``, the record, then one more. Junk parity is thus repaired.
 * Nobody publishes a timestamp in the guest's future: the difference is unsigned, and the clock would leap.

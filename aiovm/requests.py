@@ -3,7 +3,7 @@
 A request is a bit. Whoever wants something from a vCPU makes the data visible, sets the bit, then kicks; the vCPU looks
 at the word before every entry into the guest and serves what it finds. The owner's own requests need no kick.
 
-Rules (``virt/kvm/kvm_main.c``, ``include/linux/kvm_host.h`` of Linux 6.16; the sheet *requests*):
+Rules (``virt/kvm/kvm_main.c``, ``include/linux/kvm_host.h`` of Linux 6.16):
 
 * ``check_request`` clears first and reports then, so a request made while its handler runs is not lost. Handlers are
   idempotent: two makes may become one.

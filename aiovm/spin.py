@@ -8,7 +8,7 @@ running and could be what the spinner waits for. A vCPU that spins itself is a p
 could starve the lock's next owner: so it is refused and accepted in turn. Asking toggles, and asking comes last, so
 that only who passed the other questions is toggled.
 
-Source: ``virt/kvm/kvm_main.c``, ``arch/x86/kvm/vmx/vmx.c`` of Linux 6.16; the sheet *halt-and-spin* §2, §3. Two things
+Source: ``virt/kvm/kvm_main.c``, ``arch/x86/kvm/vmx/vmx.c`` of Linux 6.16. Two things
 differ: ``last_boosted_vcpu`` is a vCPU's index here (6.16.1 stores the loop's offset), and shrinking by subtraction
 stops at the base where KVM's unsigned arithmetic could wrap.
 

@@ -3,7 +3,7 @@
     guest TSC = (host TSC * ratio >> 48) + offset          modulo 2^64, ratio 1 << 48 by default
 
 *Host TSC* is the counter that all vCPUs of a machine share, ``ns_to_tsc(now, khz)``. Rules (``arch/x86/kvm/x86.c`` of
-Linux 6.16; SDM vol. 3B, 17.17; the sheet *pvclock* §9):
+Linux 6.16; SDM vol. 3B, 17.17):
 
 * A guest's store to IA32_TSC moves the offset, and TSC_ADJUST by the same amount.
 * A guest's store to TSC_ADJUST moves the offset by the difference; a host's store only records the value.

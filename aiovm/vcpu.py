@@ -7,7 +7,7 @@ The coroutine reads like KVM's loop (``arch/x86/kvm/x86.c`` vcpu_run, vcpu_enter
 Rules:
 
 * One writer: the coroutine owns registers, events and ``mp_state``. Others reach it through requests, IRR bits,
-  INIT/SIPI bits, ``pv_unhalted`` and the kick, in the order data, request, kick (the sheet *requests* §7).
+  INIT/SIPI bits, ``pv_unhalted`` and the kick, in the order data, request, kick.
 * The last look at ``requests`` comes after ``mode`` is IN_GUEST. On the virtual loop nothing can come between; on the
   wall clock a kick that finds IN_GUEST lowers the slice's limit, so one of the two always sees the other.
 * The wait queue is an ``asyncio.Event``: clear, test, wait, with no await between clear and test. Together with the
@@ -80,7 +80,7 @@ _WITH_WORK = sum(
 
 @dataclass(slots=True)
 class VcpuStat:
-    """``kvm_vcpu_stat``, as far as an emulated CPU has it (the sheet *vcpu* §4, 6.16 names)."""
+    """``kvm_vcpu_stat``, as far as an emulated CPU has it (Linux 6.16)."""
 
     exits: int = 0
     io_exits: int = 0
@@ -774,7 +774,7 @@ class Vcpu(VcpuIoctls):
             self._set_mp_state(MpState.RUNNABLE)
 
     def _reset(self, *, init: bool) -> None:
-        """``kvm_vcpu_reset`` (the sheet *vcpu* §2.1): INIT turns the paravirtual records off as well."""
+        """``kvm_vcpu_reset`` (``arch/x86/kvm/x86.c`` of Linux 6.16): INIT turns the paravirtual records off as well."""
         self.context.reset(init=init)
         if not init:
             self.smbase = RESET_SMBASE

@@ -1,6 +1,6 @@
 """The I/O APIC: 24 pins to interrupt messages (Intel 82093AA data sheet; KVM's ``ioapic.c``, Linux 6.16).
 
-Rules, from the sheet *lapic* §9:
+Rules, from ``arch/x86/kvm/ioapic.c``:
 
 * A pin's level is the OR of its sources. An edge pin sends at the rise; a level pin sends while it is high and its
   entry awaits no EOI (remote IRR).

@@ -1,6 +1,6 @@
 """The two 8259A interrupt controllers of a PC (Intel 8259A data sheet; KVM's ``i8259.c``, Linux 6.16).
 
-Rules, from the sheet *lapic* §10:
+Rules, from ``arch/x86/kvm/i8259.c``:
 
 * Edge pins latch at the rise and keep the request when the line falls; level pins (ELCR) follow the line.
 * Registers are bytes: accesses of other sizes read 0 and are ignored, as in KVM.

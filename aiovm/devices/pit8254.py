@@ -1,6 +1,6 @@
 """The 8254 interval timer and port 0x61 (Intel 8254 data sheet; KVM's ``i8254.c``, Linux 6.16).
 
-Rules, from the sheet *lapic* §11:
+Rules, from ``arch/x86/kvm/i8254.c``:
 
 * The clock is 1 193 181 Hz. A counter's value and output follow from the time since its count was stored; count 0 is
   65536.

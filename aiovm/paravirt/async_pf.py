@@ -6,7 +6,7 @@ Two messages in a 64-byte aligned area {u32 flags, u32 token}, and two ways to s
 * *page ready*: the token is stored, then the interrupt of MSR 0x4B564D06. The guest wakes the task, clears the word and
   writes 1 to MSR 0x4B564D07; until then the next one waits. Token ~0 wakes everybody.
 
-Rules (``arch/x86/kvm/x86.c``, ``virt/kvm/async_pf.c`` of Linux 6.16; the sheet *halt-and-spin* §8):
+Rules (``arch/x86/kvm/x86.c``, ``virt/kvm/async_pf.c`` of Linux 6.16):
 
 * MSR 0x4B564D02: bit 0 enable, bit 1 also at CPL 0, bit 2 as a VM exit for a nested host, bit 3 ready by interrupt,
   bits 5:4 reserved, 63:6 the address. Enabled means bits 0 *and* 3.

@@ -1,7 +1,7 @@
 """KVM's CPUID leaves: the signature, what the host offers, what it hints, how fast the clocks are.
 
 Guests look here only when CPUID.1:ECX[31] (hypervisor) is set. Source: ``arch/x86/kvm/cpuid.c``,
-``arch/x86/include/uapi/asm/kvm_para.h`` of Linux 6.16, the sheet *pvclock* §10. Leaf 0x40000010 is not KVM's: VMware
+``arch/x86/include/uapi/asm/kvm_para.h`` of Linux 6.16. Leaf 0x40000010 is not KVM's: VMware
 defined it, QEMU adds it (``vmware-cpuid-freq``), and Linux takes its TSC and APIC frequencies from it.
 
 Modelled: the KVM signature at 0x40000000. Not modelled: Hyper-V leaves, so the base never moves.

@@ -3,7 +3,7 @@
 The guest ends an interrupt with one test-and-clear of bit 0: was it set, the interrupt is over, and the host finds that
 out later; was it clear, the guest writes the EOI register. MSR 0x4B564D04 holds the byte's address, bit 0 enables.
 
-Rules (``arch/x86/kvm/lapic.c`` of Linux 6.16; the sheet *halt-and-spin* §7):
+Rules (``arch/x86/kvm/lapic.c`` of Linux 6.16):
 
 * Armed before an entry, only if the next EOI would tell nobody anything: nothing waits in IRR, the in-service vector is
   known, and no I/O APIC wants to hear its end.

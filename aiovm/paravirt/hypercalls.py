@@ -1,6 +1,6 @@
 """Hypercalls: VMCALL with a number in RAX, arguments in RBX, RCX, RDX and RSI, the result in RAX.
 
-Rules for all (``arch/x86/kvm/x86.c`` of Linux 6.16, the sheets *halt-and-spin* §4, §5, §9, §14): outside 64-bit code
+Rules for all (``arch/x86/kvm/x86.c`` of Linux 6.16): outside 64-bit code
 everything is cut to 32 bits; a caller above CPL 0 gets -1; an unknown number, and one whose feature the guest's CPUID
 lacks while features are enforced (KVM_CAP_ENFORCE_PV_FEATURE_CPUID), gets -1000.
 

@@ -3,7 +3,7 @@
 A store answers with a value: None means #GP, a :class:`PvEffect` says what the vCPU owes. Requests must be served
 before the guest's next instruction: the guest reads its clock record right after it has registered it.
 
-Source: ``arch/x86/kvm/x86.c`` (``kvm_set_msr_common``) of Linux 6.16; the sheets *pvclock* §2 and *halt-and-spin* §14.
+Source: ``arch/x86/kvm/x86.c`` (``kvm_set_msr_common``) of Linux 6.16.
 An MSR whose feature the guest's CPUID lacks faults only while features are enforced.
 
 Modelled: 0x11, 0x12, 0x4B564D00 to 0x4B564D07. Not modelled: MIGRATION_CONTROL (..08), which only an embedding program

@@ -4,7 +4,7 @@ The record, 64 bytes at the 64-byte aligned address in MSR 0x4B564D03:
 
     0 u64 steal (ns)   8 u32 version   12 u32 flags   16 u8 preempted   17.. padding
 
-Rules (``arch/x86/kvm/x86.c`` of Linux 6.16; the sheet *halt-and-spin* §6):
+Rules (``arch/x86/kvm/x86.c`` of Linux 6.16):
 
 * An update brings ``version`` to odd, adds the run delay since the last update, makes it even. Junk that is odd is made
   even first. ``last_steal`` starts at 0, so the first update reports everything since the vCPU's thread began.

@@ -1,4 +1,4 @@
-"""What is pending, what combines and what comes first (the sheets run-loop §6, vcpu §8)."""
+"""What is pending, what combines and what comes first (``arch/x86/kvm/x86.c`` of Linux 6.16)."""
 
 from __future__ import annotations
 

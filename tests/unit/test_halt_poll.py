@@ -1,4 +1,4 @@
-"""Halt polling's adaptation (sheet *halt-and-spin* §1.1, §13.1)."""
+"""Halt polling's adaptation (``virt/kvm/kvm_main.c``)."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The I/O APIC (82093AA data sheet; the sheet *lapic* §9 and §14)."""
+"""The I/O APIC (82093AA data sheet)."""
 
 import pytest
 

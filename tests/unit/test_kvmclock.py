@@ -1,4 +1,4 @@
-"""The machine's clock: offset, master clock, GET/SET_CLOCK, wall clock, clock pairing (sheet *pvclock* §5-§7, §12)."""
+"""The machine's clock: offset, master clock, GET/SET_CLOCK, wall clock, clock pairing (``x86.c``)."""
 
 import struct
 

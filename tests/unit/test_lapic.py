@@ -1,4 +1,4 @@
-"""The local APIC (SDM vol. 3A, ch. 10; the sheet *lapic* §1–§8, §13, §14)."""
+"""The local APIC (SDM vol. 3A, ch. 10)."""
 
 import pytest
 

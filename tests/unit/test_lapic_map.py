@@ -1,4 +1,4 @@
-"""Destination matching (SDM vol. 3A, 10.6.2; the sheet *lapic* §4.2 and §4.3)."""
+"""Destination matching (SDM vol. 3A, 10.6.2)."""
 
 import pytest
 

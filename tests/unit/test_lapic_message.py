@@ -1,4 +1,4 @@
-"""Bits of interrupt messages (SDM vol. 3A, 10.6.1, 10.11; the sheet *lapic* §4)."""
+"""Bits of interrupt messages (SDM vol. 3A, 10.6.1, 10.11)."""
 
 import pytest
 

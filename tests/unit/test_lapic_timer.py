@@ -1,4 +1,4 @@
-"""The local APIC timer's arithmetic (SDM vol. 3A, 10.5.4; the sheet *lapic* §7 and §14)."""
+"""The local APIC timer's arithmetic (SDM vol. 3A, 10.5.4)."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Memslots, generations, cached pointers, the dirty log (sheet *mmu* §6, §7, §9)."""
+"""Memslots, generations, cached pointers, the dirty log (``virt/kvm/kvm_main.c``)."""
 
 import mmap
 

@@ -1,4 +1,4 @@
-"""Guest page walking: the sheet's vectors and each branch, numbers as the manual writes them."""
+"""Guest page walking: known answers and each branch, numbers as the manual writes them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def two_level(m, pte, *, pde=0x2067):
     return PagingRegs(cr0=PG_PE | WP, cr3=0x1000, cr4=0, efer=0)
 
 
-# ---- the sheet's vectors (mmu §11) ------------------------------------------------------------------------------
+# ---- known answers ------------------------------------------------------------------------------------------------
 
 
 def test_absent_pde_user_write(memory):

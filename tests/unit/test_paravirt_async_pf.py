@@ -1,4 +1,4 @@
-"""Asynchronous page faults in the 6.16 form (sheet *halt-and-spin* §8)."""
+"""Asynchronous page faults in the 6.16 form (``arch/x86/kvm/x86.c`` of Linux 6.16)."""
 
 import pytest
 

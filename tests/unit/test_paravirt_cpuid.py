@@ -1,4 +1,4 @@
-"""KVM's CPUID leaves (sheet *pvclock* §10)."""
+"""KVM's CPUID leaves (``arch/x86/kvm/x86.c`` of Linux 6.16)."""
 
 from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature, KvmHint, kvm_cpuid_leaves
 

@@ -1,4 +1,4 @@
-"""PV EOI (sheet *halt-and-spin* §7)."""
+"""PV EOI (``arch/x86/kvm/x86.c`` of Linux 6.16)."""
 
 import pytest
 

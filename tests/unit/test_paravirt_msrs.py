@@ -1,4 +1,4 @@
-"""KVM's MSRs (sheets *pvclock* §2, §14 and *halt-and-spin* §14)."""
+"""KVM's MSRs (``arch/x86/kvm/x86.c`` of Linux 6.16)."""
 
 import pytest
 

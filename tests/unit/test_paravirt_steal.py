@@ -1,4 +1,4 @@
-"""Steal time and the preempted byte (sheet *halt-and-spin* §6, §13.5)."""
+"""Steal time and the preempted byte (``arch/x86/kvm/x86.c`` of Linux 6.16)."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""The two 8259A (Intel 8259A data sheet; the sheet *lapic* §10)."""
+"""The two 8259A (Intel 8259A data sheet)."""
 
 import pytest
 

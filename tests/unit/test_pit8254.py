@@ -1,4 +1,4 @@
-"""The 8254 and port 0x61 (Intel 8254 data sheet; the sheet *lapic* §11). The clock is 1 193 181 Hz."""
+"""The 8254 and port 0x61 (Intel 8254 data sheet). The clock is 1 193 181 Hz."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Request bits, their flags, the order of service, modes and kicks (sheet *requests*; kvm_host.h of 6.16)."""
+"""Request bits, their flags, the order of service, modes and kicks (``virt/kvm/kvm_main.c``; kvm_host.h of 6.16)."""
 
 import pytest
 
@@ -98,7 +98,7 @@ def test_make_test_check_clear():
 
 
 def test_check_clears_before_the_handler_works():
-    """Interleaving H of the sheet: a request made during its own handler is served again."""
+    """A request made during its own handler is served again."""
     requests = Requests(1 << 12)
     assert requests.check_request(Request.CLOCK_UPDATE)
     requests.make_request(Request.CLOCK_UPDATE)
@@ -150,7 +150,7 @@ def test_who_needs_an_ipi(mode, without_wait, with_wait):
 
 
 def test_two_kicks_send_one_ipi():
-    """Interleaving C of the sheet."""
+    """Two kicks, one IPI."""
     mode, sent = VcpuMode.IN_GUEST, 0
     for _ in range(2):
         sent += needs_ipi(mode, False)

@@ -1,4 +1,4 @@
-"""The PAUSE-loop window and the directed yield's choice (sheet *halt-and-spin* §2, §3, §13)."""
+"""The PAUSE-loop window and the directed yield's choice (``virt/kvm/kvm_main.c``)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The guest's TSC: conversions, offset, TSC_ADJUST, scaling (sheet *pvclock* §9; SDM vol. 3B, 17.17)."""
+"""The guest's TSC: conversions, offset, TSC_ADJUST, scaling (``x86.c`` of Linux 6.16; SDM vol. 3B, 17.17)."""
 
 import pytest
 

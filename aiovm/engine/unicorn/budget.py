@@ -11,7 +11,7 @@ Rules (both hooks follow them; tests compare them):
   stores a value that is no wider. Wider ones, other modes and single steps go to Python.
 * A PAUSE costs ``pause_cost`` and is stepped over. At CPL 0, PAUSEs closer than ``ple_gap`` (end of one to start of the
   next) belong to one loop; when a loop has lasted longer than ``ple_window`` the pause-loop exit is reported and a
-  new loop begins (SDM vol. 3C, 25.1.3; the sheet *halt-and-spin* §2).
+  new loop begins (SDM vol. 3C, 25.1.3).
 
 * A page that holds no code is filled into the TLB without the right to execute when data is what it is wanted for:
   the core would send each store to an executable page through a slow path, four to twenty times as long. The C hook
