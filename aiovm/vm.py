@@ -12,7 +12,6 @@ clock either a slice runs in the machine's worker thread or the loop's callbacks
 from __future__ import annotations
 
 import asyncio
-import enum
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +50,8 @@ from aiovm.tsc import ns_to_tsc, tsc_to_ns
 from aiovm.units import parse_size
 from aiovm.vcpu import MpState, Vcpu
 from aiovm.vcpu_io import UserHandler, UserRange
+from aiovm.vm_life import LIFE, LifeEvent, LifeState
+from aiovm.vm_rest import VmRest
 from aiovm.vm_state import VmIoctls
 
 if TYPE_CHECKING:
@@ -71,38 +72,6 @@ _MAX_VCPUS = 255
 _FIRMWARE_APIC = ((0x0F0, 0x1FF), (0x350, 0x700), (0x360, 0x400))
 
 
-class LifeState(enum.Enum):
-    """Where a machine is in its life."""
-
-    NEW = "new"
-    LOADED = "loaded"
-    RUNNING = "running"
-    PAUSED = "paused"
-    ENDED = "ended"
-    CLOSED = "closed"
-
-
-class LifeEvent(enum.Enum):
-    """What moves it."""
-
-    LOAD = "load"
-    RUN = "run"
-    PAUSE = "pause"
-    RESUME = "resume"
-    END = "end"
-    CLOSE = "close"
-
-
-LIFE: dict[LifeState, dict[LifeEvent, LifeState]] = {
-    LifeState.NEW: {LifeEvent.LOAD: LifeState.LOADED, LifeEvent.CLOSE: LifeState.CLOSED},
-    LifeState.LOADED: {LifeEvent.RUN: LifeState.RUNNING, LifeEvent.CLOSE: LifeState.CLOSED},
-    LifeState.RUNNING: {LifeEvent.PAUSE: LifeState.PAUSED, LifeEvent.END: LifeState.ENDED},
-    LifeState.PAUSED: {LifeEvent.RESUME: LifeState.RUNNING, LifeEvent.END: LifeState.ENDED},
-    LifeState.ENDED: {LifeEvent.CLOSE: LifeState.CLOSED},
-    LifeState.CLOSED: {LifeEvent.CLOSE: LifeState.CLOSED},
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How the guest ended: ``reason`` is power-off, reset, debug-exit or stopped; ``status`` the process status."""
@@ -119,7 +88,7 @@ class Debugger(Protocol):
         """A vCPU has left; it goes on when this returns."""
 
 
-class Vm(VmIoctls):
+class Vm(VmIoctls, VmRest):
     """One machine on ``host``.
 
     ``memory``: bytes of RAM. ``ple``: pause-loop exiting. ``halt_poll_ns``: the longest halt poll (KVM's default).
@@ -191,11 +160,7 @@ class Vm(VmIoctls):
         self._baton = asyncio.Lock()
         self._worker = None if virtual else ThreadPoolExecutor(1, f"aiovm-{self.number}")
         self._loop_thread = threading.get_ident()
-        #: What is on its way between CPUs and chips; and who waits, paused.
-        self._in_flight: set[object] = set()
-        self._parked: dict[int, asyncio.Future[None]] = {}
-        self._settled = asyncio.Event()
-        self._at_rest = False
+        self._init_rest()
         self.memory.on_change(self._may_change_memory)
         self.engine = UnicornEngine(
             self.memory,
@@ -333,8 +298,7 @@ class Vm(VmIoctls):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._move(LifeEvent.END)
-            self._at_rest = False
-            self._settled.set()
+            self._no_rest()
 
     async def _drive(self, vcpu: Vcpu) -> None:
         """One vCPU's task: KVM_RUN again and again, as a VMM's thread does."""
@@ -401,60 +365,10 @@ class Vm(VmIoctls):
             case _:
                 raise UnhandledExit(f"nobody answers {exit_}", vcpu=vcpu.index, rip=rip, history=history)
 
-    async def pause(self) -> None:
-        """Every vCPU leaves ``run()``, as by a signal, and what is on its way arrives; :meth:`resume` goes on.
-
-        Time goes on meanwhile, and the chips with it. :class:`StateError` when the guest ends first.
-        """
-        self._move(LifeEvent.PAUSE)
-        await self.between_slices()
-        for vcpu in self.vcpus:
-            vcpu.immediate_exit = True
-            vcpu.kick()
-        while self._in_flight or len(self._parked) < len(self.vcpus):
-            if self.life is not LifeState.PAUSED:
-                raise StateError(f"the machine is {self.life.value} before it was paused")
-            self._settled.clear()
-            await self._settled.wait()
-        self._at_rest = True
-
-    async def _park(self, vcpu: Vcpu) -> None:
-        resumed = self._parked[vcpu.index] = asyncio.get_running_loop().create_future()
-        self._settled.set()
-        await resumed
-
-    def resume(self) -> None:
-        """Go on after :meth:`pause`. A guest with a paravirtual clock is told that it was stopped."""
-        self._move(LifeEvent.RESUME)
-        self._wake_up()
-        for index in sorted(self._parked):
-            self._parked[index].set_result(None)
-        self._parked.clear()
-
-    def _wake_up(self) -> None:
-        """Leave the rest, in the one order that a restored machine knows: every timer anew, no vCPU interrupted."""
-        self._at_rest = False
-        for vcpu in self.vcpus:
-            vcpu.immediate_exit = False
-            vcpu.disarm_timer()
-            vcpu.arm_timer()
-            if vcpu.pv.clock.enabled:
-                vcpu.kvmclock_ctrl()
-        self.pc.rearm_all()
-
     @property
     def backends(self) -> Sequence[Backend]:
         """What stands behind the virtio devices, in their order."""
         return self._backends
-
-    def check_at_rest(self) -> None:
-        """Whether the machine can be saved: it is loaded and not started, or paused; :class:`StateError` if not."""
-        if self._at_rest:
-            return
-        if self.life is not LifeState.LOADED:
-            raise StateError(f"a machine that is {self.life.value} cannot be saved: await vm.pause() first")
-        if self._in_flight:
-            raise StateError("an interrupt is on its way: let time pass before the machine is saved")
 
     def save(self) -> Snapshot:
         """The whole machine as a value, while it is at rest (:mod:`aiovm.snapshot`)."""
@@ -579,20 +493,6 @@ class Vm(VmIoctls):
         if self._worker is None:
             return self.clock.call_at(deadline, callback)
         return self.clock.call_at(deadline, lambda: self._enter(callback))
-
-    def post(self, deadline: int, callback: Callable[[], object]) -> None:
-        if self._at_rest:  # nobody runs who could see a difference, and nothing must be on its way
-            callback()
-            return
-        what = object()
-        self._in_flight.add(what)  # a set, for a slice's thread adds while the loop takes away
-        self.call_at(deadline, partial(self._land, what, callback))
-
-    def _land(self, what: object, callback: Callable[[], object]) -> None:
-        self._in_flight.discard(what)
-        callback()
-        if not self._in_flight:
-            self._settled.set()
 
     def _enter(self, callback: Callable[[], object]) -> None:
         """On the wall clock: now if no slice runs, else as soon as the kicked slice has ended."""

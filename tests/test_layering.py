@@ -59,7 +59,7 @@ FLOORS = {
 #: A protocol may name, for the type checker, what stands above it.
 NAMED_FROM_BELOW = {("machine", "loop"), ("engine.base", "events")}
 
-ASYNCIO = ("clock", "loop", "vcpu", "vm", "console")
+ASYNCIO = ("clock", "loop", "vcpu", "vm", "vm_rest", "console")
 HOST_TIME = ("clock",)
 RANDOM = ("loop", "policy.*", "sim.machine", "backends.entropy")
 #: Extensions in C; they import nothing.

@@ -17,7 +17,8 @@ from aiovm.memory import SlotFlags
 from aiovm.policy import by_name
 from aiovm.trace import ListSink
 from aiovm.vcpu_snapshot import ThreadAccount, VcpuSnapshot
-from aiovm.vm import LifeState, Vm
+from aiovm.vm import Vm
+from aiovm.vm_life import LifeState
 
 
 class Future:

@@ -6,7 +6,8 @@ import pytest
 
 from aiovm.errors import ConfigError, DeadlockError, StateError
 from aiovm.loop import Host, run
-from aiovm.vm import LIFE, LifeEvent, LifeState, Vm
+from aiovm.vm import Vm
+from aiovm.vm_life import LIFE, LifeEvent, LifeState
 
 END = bytes.fromhex("b000 e6f4")  # mov al, 0; out 0xf4, al
 #: The 8254's channel 0 as it is after power-on is silent; mode 2, 100 ticks: an interrupt every 84 us, for ever.

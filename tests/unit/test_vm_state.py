@@ -10,7 +10,8 @@ from aiovm import guests
 from aiovm.errors import ConfigError, StateError
 from aiovm.kvmclock import ClockData, ClockFlag
 from aiovm.loop import Host, run, run_wall
-from aiovm.vm import LifeState, Vm
+from aiovm.vm import Vm
+from aiovm.vm_life import LifeState
 from aiovm.vm_state import IrqChip
 
 

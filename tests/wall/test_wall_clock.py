@@ -12,7 +12,8 @@ from aiovm.clock import WallClock
 from aiovm.errors import TripleFault
 from aiovm.loop import Host, run_wall
 from aiovm.policy.thread import ThreadState
-from aiovm.vm import LifeState, Vm
+from aiovm.vm import Vm
+from aiovm.vm_life import LifeState
 
 pytestmark = pytest.mark.wall
 
