@@ -48,11 +48,11 @@ def read_virt(
 ) -> bytes | PageFault | IoNeeded:
     """``length`` bytes at ``gva``, page by page."""
     if (gva & 0xFFF) + length <= 4096:
-        found = walk(memory, regs, gva, access)
-        if isinstance(found, PageFault):
-            return found
+        gpa = _page(memory, regs, gva, access)
+        if isinstance(gpa, PageFault):
+            return gpa
         try:
-            return memory.read(found.gpa, length)
+            return memory.read(gpa, length)
         except NoMemory as missing:
             return IoNeeded(missing.gpa)
     pieces = _pieces(memory, regs, gva, length, access)
@@ -84,11 +84,11 @@ def write_virt(
     """Store ``data`` at ``gva``; nothing is stored when any of its pages cannot take it."""
     access |= _WRITE
     if (gva & 0xFFF) + len(data) <= 4096:
-        found = walk(memory, regs, gva, access)
-        if isinstance(found, PageFault):
-            return found
+        gpa = _page(memory, regs, gva, access)
+        if isinstance(gpa, PageFault):
+            return gpa
         try:
-            memory.write(found.gpa, data)
+            memory.write(gpa, data)
         except NoMemory as missing:
             return IoNeeded(missing.gpa)
         return None
@@ -104,6 +104,16 @@ def write_virt(
         memory.write(gpa, data[done : done + size])
         done += size
     return None
+
+
+def _page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int) -> int | PageFault:
+    """Where ``gva`` leads, by the straight path when it decides."""
+    if regs.efer & _EFER_LMA and not access & (_USER | _FETCH):
+        gpa = kernel_page(memory, regs, gva, access)
+        if gpa >= 0:
+            return gpa
+    found = walk(memory, regs, gva, access)
+    return found if isinstance(found, PageFault) else found.gpa
 
 
 def _pieces(

@@ -155,10 +155,6 @@ def walk(
     ``translate(gpa, access, set_ad)``: where nested tables put a table's address, and the result; None: where it says.
     """
     if regs.efer & _EFER_LMA:
-        if translate is None and not access & (_USER | _FETCH):
-            gpa = kernel_page(memory, regs, gva, access)
-            if gpa >= 0:
-                return Translation(gpa, 4096)
         return _walk64(memory, regs, gva, access, set_ad, translate, regs.cr3 & _ADDRESS, 39)
     gva &= _M32
     if not regs.cr0 & _CR0_PG:
@@ -184,7 +180,7 @@ def translate_debug(memory: GuestMemory, regs: PagingRegs, gva: int, translate: 
 
 
 def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int) -> int:
-    """The straight path of 4-level paging: a supervisor's data on a small page, nothing left to judge or to set.
+    """The straight path of 4-level paging: a supervisor's data on a 4K or 2M page, nothing left to judge or to set.
 
     -1 says only that the full walk must decide. Event delivery lives on this.
     """
@@ -213,6 +209,13 @@ def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int) ->
     if not 0 <= at < size:
         return -1
     entry = words[at >> 3 | gva >> 21 & 0x1FF]
+    if entry & _PS:
+        wanted |= _PS | (_DIRTY if access & _WRITE else 0)
+        if entry & (looked | wanted | _LEAF_RESERVED[21]) != wanted:
+            return -1
+        if allow & entry & _USER and regs.cr4 & (_CR4_SMAP | _CR4_PKE):
+            return -1
+        return entry & _ADDRESS & -0x20_0000 | gva & 0x1F_FFFF
     if entry & looked != wanted:
         return -1
     allow &= entry

@@ -52,6 +52,7 @@ _RF, _DR6_BS, _DR6_FIXED, _DR7_FIXED = 1 << 16, 1 << 14, 0xFFFF_0FF0, 0x400
 #: With either, #DB is the debugger's, whoever caused it (``vmx.c`` handle_exception_nmi).
 _DEBUGGER_TAKES_DB = DebugControl.SINGLESTEP | DebugControl.USE_HW_BP
 
+_VAPIC_POLL_IRQ = int(HypercallNumber.VAPIC_POLL_IRQ)
 _CR_WRITES = {0: write_cr0, 3: write_cr3, 4: write_cr4}
 
 
@@ -112,6 +113,11 @@ class VcpuPort:
     def write_msr(self, index: int, value: int, *, host_initiated: bool = False) -> bool:
         """WRMSR, or the embedding program's store; False is #GP."""
         vcpu = self.vcpu
+        if index in _CORE:
+            if not (is_canonical(value) if index in _CANONICAL else _core_msr_takes(index, value)):
+                return False
+            vcpu.context.write_msr(index, value)
+            return True
         now = self.vm.clock.now()
         if index == _DEADLINE:
             vcpu.apic.write_deadline(value, self._deadline_ns(value), now)
@@ -141,11 +147,6 @@ class VcpuPort:
             return value >> 32 == 0
         if index == _EFER:
             return write_efer(vcpu.context.state, value)
-        if index in _CORE:
-            if not _core_msr_takes(index, value):
-                return False
-            vcpu.context.write_msr(index, value)
-            return True
         return index in _CONSTANT or self._write_kvm_msr(index, value, host_initiated=host_initiated)
 
     def _write_kvm_msr(self, index: int, value: int, *, host_initiated: bool) -> bool:
@@ -324,19 +325,21 @@ class VcpuPort:
         vcpu.stat.hypercalls += 1
         state = vcpu.context.state
         gpr = state.gpr
-        call = decode_hypercall(gpr[0], gpr[3], gpr[1], gpr[2], gpr[6], long_mode=state.long_mode, cpl=state.cpl)
-        result = call.refusal
+        long_mode = state.long_mode
+        number, args, result = decode_hypercall(
+            gpr[0], gpr[3], gpr[1], gpr[2], gpr[6], long_mode=long_mode, cpl=state.cpl
+        )
         if result is None:
-            result = self._hypercall(call.number, call.args)
-        gpr[0] = result & (_M64 if state.long_mode else 0xFFFF_FFFF)
+            result = self._hypercall(number, args)
+        gpr[0] = result & (_M64 if long_mode else 0xFFFF_FFFF)
         if vm.trace.on:
-            vm.trace.emit(vm.clock.now(), Kind.HYPERCALL, vcpu.thread.number, call.number, result & _M64)
+            vm.trace.emit(vm.clock.now(), Kind.HYPERCALL, vcpu.thread.number, number, result & _M64)
 
     def _hypercall(self, number: int, args: tuple[int, int, int, int]) -> int:
         """``__kvm_emulate_hypercall``; what touches other vCPUs happens at the slice's own moment on the loop."""
-        vm = self.vm
-        if number == HypercallNumber.VAPIC_POLL_IRQ:
+        if number == _VAPIC_POLL_IRQ:
             return 0
+        vm = self.vm
         if number == HypercallNumber.KICK_CPU:
             apic_id = args[1]
             vm.post(vm.clock.now(), lambda: vm.pv_kick(self.vcpu, apic_id))
@@ -519,9 +522,7 @@ class VcpuPort:
 
 
 def _core_msr_takes(index: int, value: int) -> bool:
-    """Whether an MSR of the core's takes ``value``; what it has no bits for is dropped."""
-    if index in _CANONICAL:
-        return is_canonical(value)
+    """Whether an MSR of the core's that holds no address takes ``value``; what it has no bits for is dropped."""
     if index == _PAT:
         return all(byte in _MEMORY_TYPES for byte in value.to_bytes(8, "little"))
     return index != _TSC_AUX or not value >> 32

@@ -149,6 +149,7 @@ static inline u64 random_below(u64 *state, u64 limit) { return (u128)random_next
 
 #define APIC_ID             0x020
 #define APIC_EOI            0x0B0
+#define APIC_LDR            0x0D0
 #define APIC_SVR            0x0F0
 #define APIC_ICR_LOW        0x300
 #define APIC_ICR_HIGH       0x310

@@ -11,7 +11,7 @@ and MAP_GPA_RANGE, which is for encrypted guests; both are unknown.
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from aiovm.bits import mask
 from aiovm.paravirt.cpuid import KvmFeature
@@ -48,12 +48,8 @@ _NEEDS: dict[int, KvmFeature] = {
 }
 
 
-class Hypercall(NamedTuple):
-    """``args`` are RBX, RCX, RDX, RSI. ``refusal`` is the result when nothing is to be done, else None."""
-
-    number: int
-    args: tuple[int, int, int, int]
-    refusal: int | None
+#: (number, (RBX, RCX, RDX, RSI), refusal): the result when nothing is to be done, else None.
+Hypercall: TypeAlias = tuple[int, tuple[int, int, int, int], int | None]
 
 
 def decode_hypercall(
@@ -74,11 +70,9 @@ def decode_hypercall(
     refusal = None
     if cpl:
         refusal = _EPERM
-    else:
-        needs = _NEEDS.get(rax)
-        if needs is None or (enforced is not None and needs & ~enforced):
-            refusal = _ENOSYS
-    return Hypercall(rax, (rbx, rcx, rdx, rsi), refusal)
+    elif rax not in _NEEDS or (enforced is not None and _NEEDS[rax] & ~enforced):
+        refusal = _ENOSYS
+    return rax, (rbx, rcx, rdx, rsi), refusal
 
 
 class SendIpi(NamedTuple):

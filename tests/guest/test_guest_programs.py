@@ -81,9 +81,12 @@ def test_no_kick_is_lost_wherever_it_falls(pcpus, seed):
     assert early > 20
 
 
-@pytest.mark.parametrize("loop", ["alu", "mem", "call", "cpuid", "msr", "port", "mmio", "hypercall", "rdtsc", "pause"])
+LOOPS = "alu mem call cpuid msr wrmsr port in mmio store hypercall rdtsc pause fault timer ipi wake"
+
+
+@pytest.mark.parametrize("loop", LOOPS.split())
 def test_bench_runs_each_loop(loop):
-    status, lines, _ = play("bench", f"loop={loop} n=100")
+    status, lines, _ = play("bench", f"loop={loop} n=100", vcpus=2)
     assert status == OK
     assert lines[-1].startswith(f"{loop}: 100 rounds, ")
 

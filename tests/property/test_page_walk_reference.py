@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiovm.memory import GuestMemory
-from aiovm.page_walk import PageFault, PagingRegs, Translation, walk
+from aiovm.page_walk import PageFault, PagingRegs, Translation, kernel_page, walk
 
 PAGES = 16  # tables and data live in the first 16 pages; page 15 is a hole
 SIZE = 15 * 4096
@@ -144,6 +144,11 @@ def cases(draw):
     return regs, size, gva, entries, access
 
 
+def _straight(regs, access):
+    """Whether :func:`kernel_page` may be asked: long mode, a supervisor's data."""
+    return regs.efer & 0x400 and not access & 0x14
+
+
 @settings(max_examples=300, deadline=None)
 @given(cases())
 def test_walker_agrees_with_the_manual(case):
@@ -159,6 +164,8 @@ def test_walker_agrees_with_the_manual(case):
 
     wanted = reference(read, regs, gva, access >> 1 & 1, access >> 2 & 1, access >> 4 & 1, access >> 48 & 1)
     if isinstance(wanted, int):
+        if _straight(regs, access):
+            assert kernel_page(memory, regs, gva, access) == -1
         assert walk(memory, regs, gva, access) == PageFault(wanted, gva)
         assert memory.read(0, SIZE) == before
         return
@@ -174,4 +181,6 @@ def test_walker_agrees_with_the_manual(case):
             after[at : at + width] = new.to_bytes(width, "little")
         assert walk(memory, regs, gva, access) == first
         assert memory.read(0, SIZE) == bytes(after)
+        if _straight(regs, access):
+            assert kernel_page(memory, regs, gva, access) in (-1, gpa)
         assert walk(memory, regs, gva, access) == first

@@ -71,7 +71,7 @@ typedef struct {
     uint16_t icount, size;
 } block;
 
-enum { CR3_WRITE = 0x113, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
+enum { CR3_WRITE = 0x113, UNDEFINED = 0x146, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
 enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, EXECUTE = 4 };
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
@@ -183,7 +183,7 @@ static void report(budget *b, void *uc, uint32_t number)
     PyGILState_STATE state;
     PyObject *argument, *result;
     b->code = 0;
-    if (b->eip && (number == CPUID || number == MSR || number == RDTSC || number == HLT))
+    if (b->eip && (number == CPUID || number == MSR || number == RDTSC || number == HLT || number == UNDEFINED))
         fetch_code(b, uc);
     state = PyGILState_Ensure();
     argument = PyLong_FromUnsignedLong(number);

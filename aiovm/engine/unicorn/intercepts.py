@@ -41,6 +41,7 @@ _DR6_BS: Final = 1 << 14
 _WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 _LONGEST: Final = 15
 _CALLS: Final = frozenset({0xC1, 0xD9})  # VMCALL, VMMCALL
+_PLAIN_CALLS: Final = frozenset({0xC1_010F, 0xD9_010F})
 
 
 class Intercepts:
@@ -69,6 +70,7 @@ class Intercepts:
             Intercept.SWINT: self._soft_interrupt,
         }
         own.update(dict.fromkeys(range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), self._exception))
+        own[Intercept.EXCEPTION + 6] = self._undefined
         table: dict[int, tuple[Callable[[UnicornContext, int], None], int]]
         table = dict.fromkeys(range(0x200), (self._unexpected, 0))
         table.update({0x100 + code: (handler, costs.exit_ns) for code, handler in leaving.items()})
@@ -197,10 +199,18 @@ class Intercepts:
             return
         if engine.claims.close(context):
             engine.stop()
-        if vector == 6 and self._meant(context):
-            return
         error = state.d[Env.ERROR_CODE >> 2] if vector in _WITH_ERROR else None
         context.port.on_exception(vector, error, engine.fault_address if vector == 14 else 0)
+
+    def _undefined(self, context: UnicornContext, number: int) -> None:
+        """#UD, unless the instruction is one that the core does not know."""
+        engine = self._engine
+        if engine.budget.struct.code & 0xFF_FFFF in _PLAIN_CALLS:
+            engine.cells[0] += engine.costs.exit_ns
+            context.port.on_hypercall()
+            self.skip(context, 3)
+        elif not self._meant(context):
+            self._exception(context, number)
 
     def _meant(self, context: UnicornContext) -> bool:
         """Whether an instruction that the core does not know is a hypercall or INT1; then it is done."""
