@@ -62,13 +62,21 @@ def open_output(where: str) -> tuple[Callable[[bytes], None], Callable[[], None]
     if where == "stdio":
         stream = sys.stdout.buffer
         prompt = sys.stdout.isatty()
+        midline = False
 
         def write(data: bytes) -> None:
+            nonlocal midline
             stream.write(data)
-            if prompt or data.endswith(b"\n") or len(data) > 1:
+            midline = not data.endswith(b"\n")
+            if prompt or not midline or len(data) > 1:
                 stream.flush()
 
-        return write, stream.flush
+        def close() -> None:
+            if prompt and midline:  # what comes after the guest's prompt is not the guest's
+                stream.write(b"\n")
+            stream.flush()
+
+        return write, close
     kind, _, path = where.partition(":")
     if kind != "file" or not path:
         raise ConfigError(f"bad console {where!r}: stdio, null or file:PATH")

@@ -72,5 +72,6 @@ def test_raw_keys_reach_the_guest_and_ctrl_a_x_leaves(tmp_path):
         assert tty.read_until(b"!") == b"a\x03\x01!"
         tty.type(b"\x01x")
         assert tty.process.wait(60) == 0
+        assert tty.read_until(b"\n") == b"\r\n"  # the shell's prompt gets a line of its own
         assert tty.process.stderr.read() == b""
         assert termios.tcgetattr(tty.its) == tty.before
