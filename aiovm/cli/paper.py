@@ -12,7 +12,8 @@ from rich.table import Table
 
 from aiovm.cli.files import write_file
 from aiovm.cli.progress import progress_bar
-from aiovm.sim.paper import Outcome, run_paper, select
+from aiovm.sim.paper import Outcome, run_paper, select, vary
+from aiovm.sim.paper.real import REAL_ROWS, run_real
 
 __all__ = ["register"]
 
@@ -27,18 +28,28 @@ def _paper(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each scenario.")] = 10,
     executor: Annotated[str, typer.Option(help="process, dask or dask:address.")] = "process",
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    vary_: Annotated[
+        list[str] | None, typer.Option("--vary", help="Change an assumption: path=value as in aiovm sweep --set.")
+    ] = None,
+    real: Annotated[bool, typer.Option("--real", help="On real machine code, rows 1, 2 and A.")] = False,
 ) -> None:
     """Reproduce the paper table: each row's published result beside the measured one.
 
     A row that does not hold says so; the status is 0 all the same, for the table is the answer.
     docs/paper-table.md tells how each row was modelled.
     """
-    chosen = select(rows)
+    chosen = vary(select(",".join(REAL_ROWS) if real and rows is None else rows), vary_ or [])
     with progress_bar() as bar:
         task = bar.add_task("runs", total=sum(len(row.scenarios) for row in chosen) * seeds)
         outcomes = []
-        for outcome in run_paper(
-            chosen, seeds=seeds, executor=executor, progress=lambda done, _: bar.update(task, completed=done)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        for outcome in (
+            run_real(chosen, seeds=seeds, progress=progress)
+            if real
+            else run_paper(chosen, seeds=seeds, executor=executor, progress=progress)
         ):
             outcomes.append(outcome)
             bar.console.print(f"row {outcome.row}: {'holds' if outcome.passed else 'DOES NOT HOLD'}: {outcome.detail}")

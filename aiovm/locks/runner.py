@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiovm import guests
 from aiovm.clock import VirtualClock
+from aiovm.costs import Costs
 from aiovm.errors import ConfigError, InternalError
 from aiovm.locks.counters import read_counters
 from aiovm.locks.layout import DISTRIBUTIONS, LOCKS, LockLayout, Phase
@@ -88,6 +89,8 @@ class Experiment:
     seed: int = 0
     trace: str | None = None
     native: bool | None = None
+    #: By how much CPUs may run apart; less is finer and slower.
+    quantum_ns: int = Costs().quantum_ns
 
     def __post_init__(self) -> None:
         if self.lock not in LOCKS:
@@ -214,9 +217,10 @@ def measure(experiment: Experiment) -> Measurement:
     )
 
     said = bytearray()
+    costs = Costs(quantum_ns=e.quantum_ns)
 
     async def main() -> Measurement:
-        host = Host(e.pcpus, policy=by_name(e.policy, slice_ns=e.slice_ns), seed=e.seed, trace=tracer)
+        host = Host(e.pcpus, policy=by_name(e.policy, slice_ns=e.slice_ns), costs=costs, seed=e.seed, trace=tracer)
         async with Vm(host, vcpus=e.vcpus, ple=e.ple, native=e.native, console=said.extend) as vm:
             loaded = vm.load(image, name="locks.elf", cmdline=cmdline)
             layout = LockLayout(loaded.symbols)

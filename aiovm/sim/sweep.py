@@ -24,10 +24,10 @@ from aiovm.sim.result import SimResult  # noqa: TC001  (msgspec reads the annota
 from aiovm.sim.scenario import HostSpec, Scenario, build, to_toml_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Point", "points", "run_sweep"]
+__all__ = ["Point", "changed", "points", "run_sweep"]
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _MOST = 100_000
@@ -53,14 +53,19 @@ def points(base: Scenario, settings: Sequence[str], seeds: int) -> list[Point]:
     found = []
     for values in itertools.product(*(values for _, values in axes)):
         chosen = {path: value for (path, _), value in zip(axes, values, strict=True)}
-        tree = copy.deepcopy(to_toml_tree(base))
-        for path, value in chosen.items():
-            _set(tree, path, value)
-        scenario = build(tree, "", "--set " + " ".join(f"{p}={v}" for p, v in chosen.items()))
+        scenario = changed(base, chosen)
         found += [Point(chosen, seed, scenario) for seed in range(1, seeds + 1)]
         if len(found) > _MOST:
             raise ConfigError(f"a sweep of more than {_MOST} runs")
     return found
+
+
+def changed(base: Scenario, settings: Mapping[str, str]) -> Scenario:
+    """``base`` with other values: path into its tables, value."""
+    tree = copy.deepcopy(to_toml_tree(base))
+    for path, value in settings.items():
+        _set(tree, path, value)
+    return build(tree, "", " ".join(f"{path}={value}" for path, value in settings.items()))
 
 
 def _axis(setting: str) -> tuple[str, list[str]]:

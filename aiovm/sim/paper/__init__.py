@@ -8,6 +8,7 @@ and what moves the result.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,14 +16,15 @@ import msgspec
 from aiovm.errors import ConfigError
 from aiovm.sim.jobs import Job, run_jobs
 from aiovm.sim.paper import hosts, locks, yields
-from aiovm.sim.paper.row import Row
+from aiovm.sim.paper.row import Row, Runs
+from aiovm.sim.sweep import changed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from aiovm.sim.result import SimResult
 
-__all__ = ["ROWS", "Outcome", "Row", "run_paper", "select"]
+__all__ = ["ROWS", "Outcome", "Row", "judge", "run_paper", "select", "vary"]
 
 _ORDER = ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "A", "B", "C", "D"]
 
@@ -59,6 +61,19 @@ def select(names: str | None) -> list[Row]:
     return chosen
 
 
+def vary(rows: Sequence[Row], settings: Sequence[str]) -> list[Row]:
+    """``rows`` with every scenario changed: ``path=value`` as in a sweep. To see on which assumption a result rests."""
+    pairs = dict(_pair(setting) for setting in settings)
+    return [replace(r, scenarios={label: changed(s, pairs) for label, s in r.scenarios.items()}) for r in rows]
+
+
+def _pair(setting: str) -> tuple[str, str]:
+    path, equals, value = setting.partition("=")
+    if not equals or not path or not value:
+        raise ConfigError(f"bad setting {setting!r}: write path=value")
+    return path, value
+
+
 def run_paper(
     rows: Sequence[Row],
     *,
@@ -88,12 +103,13 @@ def run_paper(
             own = results[start:end]
             if None in own:
                 break
-            yield _judge(rows[at], [r for r in own if r is not None], seeds)
+            found = [r for r in own if r is not None]
+            yield judge(rows[at], {k: found[n * seeds : (n + 1) * seeds] for n, k in enumerate(rows[at].scenarios)})
             start, at = end, at + 1
 
 
-def _judge(row: Row, results: Sequence[SimResult], seeds: int) -> Outcome:
-    runs = {label: results[n * seeds : (n + 1) * seeds] for n, label in enumerate(row.scenarios)}
+def judge(row: Row, runs: Runs) -> Outcome:
+    """The row's outcome; ``runs``: each scenario's results, one a seed."""
     verdict = row.judge(runs)
     failed = [gate for gate, holds in verdict.gates.items() if not holds]
     detail = verdict.detail
