@@ -67,7 +67,7 @@ def _on_dask(jobs: Sequence[Job], address: str | None) -> Iterator[tuple[int, Si
         raise ConfigError("the dask executor needs the package distributed") from error
     try:
         client = Client(address, timeout="10s") if address else Client(processes=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {address}: {error}") from error
     with client:
         futures = client.map(_run, list(jobs), pure=False)

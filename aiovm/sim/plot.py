@@ -88,7 +88,7 @@ def _timeline(result: SimResult, records: Sequence[Record], path: Path, title: s
                 bars.setdefault((pcpu, machine[record.vcpu]), []).append((start / 1e6, (record.now - start) / 1e6))
     figure, axes = _figure(f"Who ran on which physical CPU\n{title}")
     for (pcpu, vm), spans in sorted(bars.items()):
-        axes.broken_barh(spans, (pcpu - 0.4, 0.8), color=_COLOURS[vm % len(_COLOURS)], edgecolor="white", linewidth=0.4)
+        axes.broken_barh(spans, (pcpu - 0.4, 0.8), color=_COLOURS[vm % len(_COLOURS)], linewidth=0)
     for vm in range(min(len(result.vms), len(_COLOURS))):
         axes.broken_barh([], (0, 0), color=_COLOURS[vm], label=result.vms[vm].name)
     axes.set_xlabel("time, ms")

@@ -9,10 +9,12 @@ import pytest
 from msgspec.structs import replace
 
 from aiovm.errors import ConfigError
+from aiovm.locks.runner import measure
 from aiovm.sim.jobs import run_jobs
 from aiovm.sim.lab import simulate
 from aiovm.sim.meter import Meter
-from aiovm.sim.paper import ROWS, Row, run_paper, select
+from aiovm.sim.paper import ROWS, Row, judge, run_paper, select, vary
+from aiovm.sim.paper.real import as_result, experiment, run_real
 from aiovm.sim.paper.row import Verdict
 from aiovm.sim.plot import plot_sim, plot_sweep
 from aiovm.sim.scenario import (
@@ -215,6 +217,31 @@ def test_a_row_is_judged_on_all_its_seeds():
     assert outcome.detail == "said; does not hold: never (why)"
     assert msgspec.json.decode(msgspec.json.encode(outcome))["pass"] is False
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_assumption_can_be_varied():
+    (row,) = vary(select("3"), ["vm.workload.line=0ns", "pcpus=16"])
+    assert {(s.vm[0].workload.line, s.host.pcpus) for s in row.scenarios.values()} == {(0, 16)}
+    assert {s.vm[0].workload.line for s in select("3")[0].scenarios.values()} == {100}
+    for bad in ("x", "=1", "pcpus=", "host.nothing=1"):
+        with pytest.raises(ConfigError):
+            vary(select("3"), [bad])
+
+
+def test_machine_code_runs_what_a_row_says():
+    two = select("2")[0]
+    e = experiment(two.scenarios["3:1"], 7)
+    assert (e.lock, e.vcpus, e.pcpus, e.policy, e.ple, e.seed) == ("ticket", 6, 2, "round-robin", False, 7)
+    assert (e.workload.hold_ns, e.workload.think_ns, e.workload.think_dist, e.slice_ns) == (2000, 20_000, "exp", 6 * MS)
+    with pytest.raises(ConfigError, match="row 3 has no counterpart"):
+        next(run_real(select("3")))
+
+
+def test_row_1_has_the_same_verdict_on_machine_code():
+    row = select("1")[0]
+    kinds = ("tas", "ticket", "pvqspinlock")
+    runs = {kind: [as_result(kind, measure(experiment(row.scenarios[kind], 1, 6 * MS)))] for kind in kinds}
+    assert judge(row, runs).passed
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Rows of the table on real machine code: the lock guests in place of the model guests, judged by the same gates.
 
-The lock guest is one machine, so *n* machines of eight vCPUs on eight physical CPUs become one that is overcommitted
-as much, on 8/*n* (two machines: 8 vCPUs on 4; three: 6 on 2). Everything else is the row's: lock, slice, policy, hold and think times. Rows 1, 2 and A, whose locks the guests
-have; the preemptable ticket lock is not among them.
+The lock guest is one machine, so *n* machines of eight vCPUs on eight physical CPUs become one that is overcommitted as
+much, on 8/*n* (two machines: 8 vCPUs on 4; three: 6 on 2). Everything else is the row's: lock, slice, policy, hold and
+think times. Rows 1, 2 and A, whose locks the guests have; the preemptable ticket lock is not among them.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ _PLE = {
     "random": _2011,
     "filter": replace(_2011, eligibility_filter=True),
 }
-#: malloc's arenas give pages back with the address space's lock shared (SyS_madvise in the trace of commit 17e433b54393),
-#: and no spin lock is among the first in the profile (commit d73eb57b80b9): page tables have a lock each.
+#: malloc's arenas give pages back with the address space's lock shared (SyS_madvise in the trace of commit
+#: 17e433b54393), and no spin lock is among the first in the profile (commit d73eb57b80b9): page tables have one each.
 _EBIZZY_2012 = Ebizzy(lock="ticket", mutex=False, user=Ns(50_000), locks=64)
 
 
@@ -178,7 +178,7 @@ ROWS = (
             for n in (1, 2)
         },
         _judge_7,
-        "a flush waits for every sibling, so those whom the filter passes over are needed too; and at 1x scanning costs "
+        "a flush waits for every sibling, so those whom the filter passes over are needed too; and a scan at 1x costs "
         "nothing here but 0.5 us a sibling, where 2012's host took run queue locks that 32 CPUs fought for",
     ),
     Row(

@@ -1,0 +1,64 @@
+"""Executors and interruption: the same results wherever they are computed, and nothing that was stored is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from aiovm.errors import ConfigError
+from aiovm.sim.scenario import HostSpec, Ns, Scenario, VmSpec
+from aiovm.sim.sweep import points, run_sweep
+
+SCENARIO = """
+duration = "20ms"
+warmup = "1ms"
+[host]
+pcpus = 2
+[[vm]]
+vcpus = 4
+workload = { kind = "lock-bound", lock = "tas" }
+"""
+
+
+def stored(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_dask_stores_the_same_bytes_as_processes(tmp_path):
+    distributed = pytest.importorskip("distributed", reason="the extra aiovm[dask] is not installed")
+    brief = Scenario(duration=Ns(2_000_000), warmup=Ns(0), host=HostSpec(pcpus=2), vm=[VmSpec(vcpus=4)])
+    todo = points(brief, ["pcpus=1,2"], 1)
+    list(run_sweep(todo[:1], tmp_path / "here"))
+    list(run_sweep(todo[1:], tmp_path / "here"))
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+        list(run_sweep(todo, tmp_path / "dask", executor=f"dask:{cluster.scheduler_address}"))
+    assert len(stored(tmp_path / "dask")) == 2
+    assert stored(tmp_path / "dask") == stored(tmp_path / "here")
+
+
+def test_a_cluster_that_does_not_answer_is_an_error(tmp_path):
+    pytest.importorskip("distributed", reason="the extra aiovm[dask] is not installed")
+    with pytest.raises(ConfigError, match="no Dask scheduler answers at nonsense"):
+        list(run_sweep(points(Scenario(), ["pcpus=1"], 1), tmp_path, executor="dask:nonsense"))
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
+    scenario, out = tmp_path / "s.toml", tmp_path / "out"
+    scenario.write_text(SCENARIO)
+    command = [sys.executable, "-m", "aiovm", "sweep", str(scenario), "--set", "pcpus=1..4", "--seeds", "2"]
+    sweep = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    while sweep.poll() is None and not (out.exists() and stored(out)):
+        time.sleep(0.01)
+    os.killpg(sweep.pid, signal.SIGINT)
+    _, errors = sweep.communicate(timeout=30)
+    assert b"aiovm: interrupted" in errors
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*.json")}
+    assert 1 <= len(before) < 8
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True, timeout=60)
+    assert len(list(out.glob("*.json"))) == 8
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
