@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aiovm.sim.paper.row import Row
     from aiovm.sim.scenario import Scenario
 
-__all__ = ["REAL_ROWS", "run_real"]
+__all__ = ["REAL_ROWS", "as_result", "experiment", "run_real"]
 
 REAL_ROWS = ("1", "2", "A")
 _DURATION_NS = 60_000_000
