@@ -14,7 +14,7 @@ from aiovm.engine.base import ContextState
 from aiovm.errors import ConfigError, GuestError, StateError
 from aiovm.loop import Host, run, run_wall
 from aiovm.memory import SlotFlags
-from aiovm.policy import by_name
+from aiovm.policy import POLICIES, by_name
 from aiovm.trace import ListSink
 from aiovm.vcpu_snapshot import ThreadAccount, VcpuSnapshot
 from aiovm.vm import Vm
@@ -84,7 +84,7 @@ def test_ticks_go_on(when):
     assert len(future[2]) > 100
 
 
-@pytest.mark.parametrize("policy", ["fair", "round-robin", "gang", "random", "never-preempt-holder", "balance"])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_goes_on(policy):
     cmdline = "lock=pvticket cpus=4 duration=4000000"
     snapshot, future = saved_and_future(guest("locks"), 2_345_678, vcpus=4, pcpus=2, policy=policy, cmdline=cmdline)
