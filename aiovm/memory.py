@@ -7,10 +7,13 @@ Rules, from ``virt/kvm/kvm_main.c`` of Linux 6.16:
 * The map is a value: :class:`MemoryMap` is immutable, readers take the reference once, and an update publishes a
   new one with a higher generation. While an update is under way the generation is odd, and caches do not store.
 * :class:`GuestPtr` (``gfn_to_hva_cache``) remembers where an address leads and asks again when the generation moved.
-* Every host-side write goes through here, so the dirty log sees it. Reading where no slot is gives ``None`` or
+* The dirty log has every page that the host wrote through here, and every page whose bytes the guest has changed: its
+  stores run at full speed, and a slot that logs keeps a copy to compare with when somebody asks.
+* Reading where no slot is gives ``None`` or
   raises :class:`NoMemory`; a write to a read-only slot is refused the same way: that is MMIO, not an error.
 
-Modelled: address spaces 0 (normal) and 1 (SMM). Not modelled: huge pages, the MMIO generation in page tables.
+Modelled: address spaces 0 (normal) and 1 (SMM). Not modelled: huge pages, the MMIO generation in page tables, the
+dirty bit of a page to which the guest stored what was there already.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from aiovm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["PAGE", "GuestMemory", "GuestPtr", "MemoryMap", "Memslot", "NoMemory", "SlotFlags"]
+__all__ = ["PAGE", "GuestMemory", "GuestPtr", "MemoryMap", "Memslot", "NoMemory", "SlotFlags", "fold_dirty"]
 
 PAGE = 4096
 _PAGE_MASK = PAGE - 1
+#: Bytes that are compared at once with what the dirty log knows.
+_COMPARED = 16 * PAGE
 
 
 class NoMemory(Exception):
@@ -51,7 +56,8 @@ class SlotFlags(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Memslot:
-    """One slot. ``bytes_`` and ``words`` are views of the same host memory (8-bit and 64-bit)."""
+    """One slot. ``bytes_`` and ``words`` are views of the same host memory (8-bit and 64-bit). With LOG_DIRTY,
+    ``dirty`` has a bit a page, and ``seen`` the bytes that the log knows."""
 
     slot_id: int
     base: int
@@ -61,6 +67,7 @@ class Memslot:
     words: memoryview
     host_address: int
     dirty: bytearray | None = None
+    seen: bytearray | None = None
 
     @property
     def end(self) -> int:
@@ -133,7 +140,8 @@ class GuestMemory:
                 raise ConfigError(f"memslot {slot_id}: size, backing and READONLY cannot change (EINVAL)")
             if base == old.base and flags == old.flags:
                 return old
-            new = replace(old, base=base, flags=flags, dirty=_bitmap(size, flags, old.dirty))
+            dirty, seen = _log(old.bytes_, flags, old)
+            new = replace(old, base=base, flags=flags, dirty=dirty, seen=seen)
         else:
             host = _zeroed(slot_id, size) if backing is None else backing
             view = memoryview(host).cast("B")
@@ -141,7 +149,7 @@ class GuestMemory:
                 raise ConfigError(f"memslot {slot_id}: backing must be writable and {size:#x} bytes long (EINVAL)")
             view = view[:size]
             address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-            new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, _bitmap(size, flags, None))
+            new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, *_log(view, flags, None))
         self._publish((*others, new))
         return new
 
@@ -247,6 +255,7 @@ class GuestMemory:
         slot = next((s for s in self.map.slots if s.slot_id == slot_id), None)
         if slot is None or slot.dirty is None:
             raise ConfigError(f"memslot {slot_id} does not log dirty pages (ENOENT)")
+        fold_dirty(slot)
         taken = bytes(slot.dirty)
         slot.dirty[:] = bytes(len(slot.dirty))
         return taken
@@ -265,10 +274,27 @@ def _zeroed(slot_id: int, size: int) -> mmap.mmap:
         raise ConfigError(f"memslot {slot_id}: the host has no {size:#x} bytes to give (ENOMEM)") from error
 
 
-def _bitmap(size: int, flags: SlotFlags, old: bytearray | None) -> bytearray | None:
+def fold_dirty(slot: Memslot) -> None:
+    """Bring the log up to date with what the guest has stored; between slices."""
+    if slot.dirty is None or slot.seen is None:
+        return
+    for start in range(0, slot.size, _COMPARED):
+        now = bytes(slot.bytes_[start : start + _COMPARED])
+        if now == slot.seen[start : start + _COMPARED]:
+            continue
+        for at in range(0, len(now), PAGE):
+            if now[at : at + PAGE] != slot.seen[start + at : start + at + PAGE]:
+                _mark(slot.dirty, start + at, 1)
+        slot.seen[start : start + _COMPARED] = now
+
+
+def _log(view: memoryview, flags: SlotFlags, old: Memslot | None) -> tuple[bytearray | None, bytearray | None]:
+    """The log of a slot that begins, goes on or ends logging."""
     if not flags & SlotFlags.LOG_DIRTY:
-        return None
-    return bytearray((size // PAGE + 63) // 64 * 8) if old is None else old
+        return None, None
+    if old is not None and old.dirty is not None:
+        return old.dirty, old.seen
+    return bytearray((len(view) // PAGE + 63) // 64 * 8), bytearray(view)
 
 
 def _mark(dirty: bytearray, offset: int, length: int) -> None:

@@ -36,7 +36,7 @@ from aiovm.costs import Costs
 from aiovm.errors import ConfigError, StateError
 from aiovm.kvmclock import KvmClockState
 from aiovm.loop import HostState
-from aiovm.memory import SlotFlags
+from aiovm.memory import SlotFlags, fold_dirty
 from aiovm.panic import PanicState
 from aiovm.pc import PcState
 from aiovm.spin import SpinOptions
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from aiovm.backends.base import Backend
     from aiovm.loop import Host
+    from aiovm.memory import Memslot
     from aiovm.vm import Vm
 
 __all__ = ["CHUNK", "ENGINE", "MachineConfig", "SlotImage", "Snapshot", "check_host", "put", "take"]
@@ -138,7 +139,7 @@ def take(vm: Vm) -> Snapshot:
         virtio=tuple(_saved_backend(backend) for backend in vm.backends),
         memory=tuple(
             SlotImage(
-                slot.slot_id, slot.base, slot.size, int(slot.flags), None if slot.dirty is None else bytes(slot.dirty),
+                slot.slot_id, slot.base, slot.size, int(slot.flags), _dirty(slot),
                 tuple(_chunks(slot.bytes_)),
             )
             for slot in vm.memory.map.slots
@@ -194,6 +195,11 @@ def put(vm: Vm, snapshot: Snapshot) -> None:
     vm.apic_map_changed()
 
 
+def _dirty(slot: Memslot) -> bytes | None:
+    fold_dirty(slot)
+    return None if slot.dirty is None else bytes(slot.dirty)
+
+
 def _put_memory(vm: Vm, images: tuple[SlotImage, ...]) -> None:
     memory = vm.memory
     wanted = {image.slot_id for image in images}
@@ -206,5 +212,6 @@ def _put_memory(vm: Vm, images: tuple[SlotImage, ...]) -> None:
         for at, data in image.chunks:
             new.bytes_[at : at + len(data)] = data
         if new.dirty is not None and image.dirty is not None:
+            fold_dirty(new)
             new.dirty[:] = image.dirty
         memory.wrote(image.base, image.size)

@@ -291,3 +291,18 @@ def test_statistics_count_what_happened():
     # cpuid; in al, 0x80; hypercall KVM_HC_VAPIC_POLL_IRQ
     end = bare("0fa2 e480 b801000000 0f01c1" + END, look=lambda vm: vm.vcpus[0].stat)
     assert (end.extra.io_exits, end.extra.hypercalls, end.extra.mmio_exits) == (2, 1, 0)
+
+
+def test_stores_of_the_guest_are_in_the_dirty_log():
+    # mov byte [0x50123], 7; mov byte [0x52000], 7 -- and a store of what is there already at 0x51000.
+    code = "c6042523010500 07 c6042500200500 07 c6042500100500 00"
+
+    def setup(vm):
+        vm.memory.set_region(0, 0, 4 << 20, flags=SlotFlags.LOG_DIRTY)
+        vm.memory.take_dirty_log(0)
+
+    log = bare(code.replace(" ", "") + END, setup=setup, look=lambda vm: vm.memory.take_dirty_log(0)).extra
+    pages = [page for page in range(1024) if log[page >> 3] >> (page & 7) & 1]
+    assert {0x50, 0x52} <= set(pages)
+    assert 0x51 not in pages, "nothing has changed there"
+    assert len(pages) < 10
