@@ -25,6 +25,7 @@ _TSC_DEADLINE = 1 << 24
 _X2APIC = 1 << 21
 _ECX_CORE = 0x4ED8_2203 & ~(1 << 26 | 1 << 27 | 1 << 30)  # SSE3..AES of the core, without XSAVE, OSXSAVE, RDRAND
 _EDX_CORE = 0x078B_FBFD & ~(1 << 7 | 1 << 12 | 1 << 14)  # without MCE, MTRR, MCA
+_APIC = 1 << 9
 _HTT = 1 << 28
 _WITH_SUBLEAF = frozenset({4, 7, 0xB, 0xD})
 
@@ -51,7 +52,7 @@ class CpuidTable:
             (4, 1): (0x122, 0x1C0003F, 0x3F, 1),
             (4, 2): (0x143, 0x3C0003F, 0xFFF, 1),
             (6, 0): (4, 0, 0, 0),  # ARAT
-            (7, 0): (0, 0x189, 0, 0),  # FSGSBASE, BMI1, SMEP, BMI2
+            (7, 0): (0, 0x18B, 0, 0),  # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2
             (0x8000_0000, 0): (0x8000_0008, *_VENDOR),
             (0x8000_0001, 0): (SIGNATURE, 0, extended_c, extended_d),
             (0x8000_0002, 0): (0x65746E49, 0x6F43206C, 0x50206572, 0x65636F72),
@@ -64,11 +65,15 @@ class CpuidTable:
         for number, leaf in kvm_cpuid_leaves(features, hints=hints, tsc_khz=tsc_khz).items():
             self._leaves[number, 0] = leaf
 
-    def answer(self, leaf: int, subleaf: int, apic_id: int) -> Leaf:
-        """EAX, EBX, ECX, EDX for one CPU. Leaves that do not exist read zero, as on AMD."""
+    def answer(self, leaf: int, subleaf: int, apic_id: int, *, apic_enabled: bool = True) -> Leaf:
+        """EAX, EBX, ECX, EDX for one CPU. Leaves that do not exist read zero, as on AMD.
+
+        An APIC that IA32_APIC_BASE turned off is not there (SDM vol. 3A, 10.4.3).
+        """
         found = self._leaves.get((leaf, subleaf if leaf in _WITH_SUBLEAF else 0))
         if leaf == 1 and found is not None:
-            return found[0], found[1] | (apic_id & 0xFF) << 24, found[2], found[3]
+            edx = found[3] if apic_enabled else found[3] & ~_APIC
+            return found[0], found[1] | (apic_id & 0xFF) << 24, found[2], edx
         if leaf == 0xB:
             if subleaf == 0:
                 return 0, 1, 0x100, apic_id

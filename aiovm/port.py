@@ -44,8 +44,8 @@ _MEMORY_TYPES = frozenset({0, 1, 4, 5, 6, 7})
 #: MSRs inside the core whose value must be a canonical address (SDM vol. 4, table 2-2).
 _CANONICAL = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})
 _CORE = _CANONICAL | {0x174, 0x277, 0xC000_0081, 0xC000_0084, 0xC000_0103}
-#: Read-only identity: platform id, microcode revision, feature control (locked).
-_CONSTANT = {0x17: 0, 0x8B: 0, 0x3A: 1}
+#: Read-only identity: platform id, microcode revision, feature control (locked), no machine-check banks and no status.
+_CONSTANT = {0x17: 0, 0x8B: 0, 0x3A: 1, 0x179: 0, 0x17A: 0}
 
 
 _RF, _DR6_BS, _DR6_FIXED, _DR7_FIXED = 1 << 16, 1 << 14, 0xFFFF_0FF0, 0x400
@@ -66,7 +66,8 @@ class VcpuPort:
     # ---- CPUID and TSC -----------------------------------------------------------------------------------------
 
     def on_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
-        return self.vm.cpuid.answer(leaf, subleaf, self.vcpu.apic.apic_id)
+        apic = self.vcpu.apic
+        return self.vm.cpuid.answer(leaf, subleaf, apic.apic_id, apic_enabled=apic.hw_enabled)
 
     def on_rdtsc(self) -> int:
         return self.vcpu.tsc.read(self.vm.read_tsc())
@@ -185,7 +186,10 @@ class VcpuPort:
         self.vcpu.stat.io_exits += 1
         if vm.trace.on:
             vm.trace.emit(vm.clock.now(), Kind.PIO, self.vcpu.thread.number, port | 1 << 16, value)
-        if not vm.ports.write(port, size, value, vm.clock.now()):
+        self.vcpu.answering = True
+        claimed = vm.ports.write(port, size, value, vm.clock.now())
+        self.vcpu.answering = False
+        if not claimed:
             vm.unclaimed_out(self.vcpu, port, size, value)
 
     def on_mmio_read(self, gpa: int, size: int) -> int:
@@ -212,7 +216,11 @@ class VcpuPort:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=True)
             self.apply(self._apic().mmio_write(offset, size, value, vm.clock.now()))
-        elif not vm.mmio.write(gpa, size, value, vm.clock.now()):
+            return
+        vcpu.answering = True
+        claimed = vm.mmio.write(gpa, size, value, vm.clock.now())
+        vcpu.answering = False
+        if not claimed:
             self._unknown(gpa, value)
 
     def is_users(self, gpa: int, size: int) -> bool:

@@ -131,6 +131,8 @@ class Vcpu(VcpuIoctls):
         self.preempted_in_kernel = False
         self.ready = False
         self.blocking = False
+        #: A device takes this vCPU's store: the interrupts that follow reach this CPU at once, not at the slice's end.
+        self.answering = False
         self.in_spin_loop = False
         self.dy_eligible = False
         #: Who sent an IPI since this vCPU lost its CPU: a bit a thread number.

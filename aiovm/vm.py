@@ -572,6 +572,8 @@ class Vm(VmIoctls, VmRest):
             if target is source:
                 self._accept(source, target, message)
                 source.port.update_irq_window()
+                if message.mode is DeliveryMode.NMI:
+                    source.context.request_nmi_window(wanted=True)
             else:
                 self.post(self.clock.now() + self.costs.ipi_ns, partial(self._accept, source, target, message))
         return len(targets)
@@ -593,7 +595,12 @@ class Vm(VmIoctls, VmRest):
         targets = self.apic_map.targets(message, None)
         now = self.clock.now()
         for index in targets:
-            self.post(now, partial(self._accept, None, self.vcpus[index], message))
+            target = self.vcpus[index]
+            if target.answering:
+                self._accept(None, target, message)
+                target.port.update_irq_window()
+            else:
+                self.post(now, partial(self._accept, None, target, message))
         return len(targets) or -1
 
     def broadcast_eoi(self, vector: int, *, level: bool) -> None:

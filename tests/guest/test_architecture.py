@@ -552,3 +552,46 @@ def test_sysenter_goes_where_it_should_whatever_its_prefixes():
             vm.vcpus[0].port.write_msr(msr, value)
 
     assert bare("662e" + "0f34", setup=targets, more={0x9000: END}).rip == 0x9002
+
+
+# ---- interrupts that an instruction brings to its own CPU --------------------------------------------------------
+
+
+def _pin_20_is_vector_0x40(vm):
+    for offset, value in ((0, 0x10 + 2 * 20), (0x10, 0x40)):
+        vm.mmio.write(0xFEC0_0000 + offset, 4, value, 0)
+
+
+def test_an_interrupt_raised_by_out_is_taken_behind_it():
+    # mov edx, 0x2014 | mov al, 1 | sti | nop | out dx, al | inc ebx
+    end = bare("ba14200000" + "b001" + "fb90" + "ee" + "ffc3" + END, setup=_pin_20_is_vector_0x40)
+    assert (end.vector, end.gpr[3]) == (0x40, 0)
+    assert end.frame[0] == CODE + 10
+
+
+def test_an_interrupt_raised_by_out_waits_while_they_are_off():
+    # mov edx, 0x2014 | mov al, 1 | out dx, al | inc ebx | sti | nop | jmp .
+    end = bare("ba14200000" + "b001" + "ee" + "ffc3" + "fb90" + "ebfe", setup=_pin_20_is_vector_0x40)
+    assert (end.vector, end.gpr[3]) == (0x40, 1)
+
+
+def test_an_nmi_to_oneself_is_taken_behind_the_store():
+    # mov ecx, 0x1b | mov eax, 0xfee00d00 | xor edx, edx | wrmsr (x2APIC on)
+    on = "b91b000000" + "b8000de0fe" + "31d2" + "0f30"
+    # mov ecx, 0x830 | mov eax, 0x4400 | wrmsr (NMI to APIC 0) | inc ebx
+    end = bare(on + "b930080000" + "b800440000" + "0f30" + "ffc3" + END)
+    assert (end.vector, end.gpr[3]) == (2, 0)
+    assert end.frame[0] == CODE + 26
+
+
+def test_there_are_no_machine_check_banks():
+    end = bare("b979010000" + "0f32" + END, regs={0: 7, 2: 7})  # mov ecx, 0x179 | rdmsr
+    assert end.rip == CODE + 9
+    assert (end.gpr[0], end.gpr[2]) == (0, 0)
+
+
+def test_cpuid_hides_an_apic_that_is_off():
+    # mov ecx, 0x1b | mov eax, 0xfee00100 | xor edx, edx | wrmsr | mov eax, 1 | cpuid
+    end = bare("b91b000000" + "b80001e0fe" + "31d2" + "0f30" + "b801000000" + "0fa2" + END)
+    assert not end.gpr[2] >> 9 & 1
+    assert bare("b801000000" + "0fa2" + END).gpr[2] >> 9 & 1

@@ -60,7 +60,13 @@ def test_what_the_core_does_not_do_is_not_claimed(name, register, bit):
 
 def test_features_of_leaf_7():
     _, ebx, ecx, edx = table().answer(7, 0, 0)
-    assert bits(ebx) == {0, 3, 7, 8}  # FSGSBASE BMI1 SMEP BMI2: no ERMS (9), AVX2 (5), RDSEED (18), SMAP (20)
+    assert bits(ebx) == {
+        0,
+        1,
+        3,
+        7,
+        8,
+    }  # FSGSBASE TSC_ADJUST BMI1 SMEP BMI2: no ERMS (9), AVX2 (5), RDSEED (18), SMAP (20)
     assert (ecx, edx) == (0, 0)
     assert table().answer(7, 1, 0) == (0, 0, 0, 0)
 

@@ -3,7 +3,7 @@
 The core checks no I/O permission and cannot be stopped at a chosen instruction. Both are mended with its I/O
 breakpoint, which raises #DB right behind the instruction: when the guest was not allowed to, the registers are put
 back and #GP(0) is raised; when the exit must leave, the slice ends there, between two elements of a string
-instruction if it is one.
+instruction if it is one; when an OUT raised an interrupt that the guest can take, it is taken there.
 
 Not modelled: a refused INS has stored zero to its destination (the core's trial store); the guest's own I/O breakpoint
 on an access that leaves.
@@ -27,6 +27,7 @@ _HFLAGS: Final = Env.HFLAGS >> 2
 _STRING: Final = frozenset({0x6C, 0x6D, 0x6E, 0x6F})
 _INS: Final = frozenset({0x6C, 0x6D})
 _TF: Final = 0x100
+_IF: Final = 0x200
 
 
 class _Armed(NamedTuple):
@@ -85,7 +86,7 @@ class PortIo:
                 self._arm(context, port, refused=True)
                 return
             context.port.on_out(port, size, value & (1 << 8 * size) - 1)
-            if engine.leaving:
+            if engine.leaving or (context.window and context.state.rflags & _IF):
                 self._arm(context, port, refused=False)
         except BaseException as error:
             engine.fail(error)
@@ -130,7 +131,10 @@ class PortIo:
                 state.rip = armed.rip
         if state.rflags & _TF:
             engine.intercepts.trap(context)
-        engine.stop()
+        if engine.leaving:
+            engine.stop()
+        elif context.window:
+            context.port.on_irq_window()
         return True
 
 
