@@ -115,6 +115,11 @@ def test_lmsw_reads_memory():
     assert fault("b8000000400f0130") == (PF, 0, CODE + 5)  # mov eax, 0x40000000; lmsw [rax]
 
 
+def test_lmsw_reads_a_device():
+    # mov eax, 0xff000000 | mov word [eax], 0x3b | lmsw [eax]
+    assert bare("b8000000ff" + "66c7003b00" + "0f0130" + END, "prot").cr0 & 0xE == 0xA
+
+
 def test_entering_and_leaving_long_mode():
     """From 32-bit code with paging off: PAE, CR3, EFER.LME, then PG sets LMA; PG off again clears it."""
     code = "b8200600000f22e0b8000002000f22d8"  # mov eax, 0x620; mov cr4, eax; mov eax, 0x20000; mov cr3, eax

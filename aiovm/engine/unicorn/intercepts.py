@@ -298,7 +298,10 @@ class Intercepts:
         return insn
 
     def _operand16(self, context: UnicornContext, insn: Instruction) -> int | None:
-        """A 16-bit register or memory operand; None: its page fault was raised. Where no memory is, all ones."""
+        """A 16-bit register or memory operand; None: its page fault was raised. Where no memory is, the device's.
+
+        The embedding program's own devices cannot be asked here: all ones.
+        """
         state = context.state
         if insn.is_register:
             return state.q[insn.rm] & 0xFFFF
@@ -307,7 +310,10 @@ class Intercepts:
         if isinstance(value, PageFault):
             context.port.on_exception(14, value.error_code, value.address)
             return None
-        return 0xFFFF if isinstance(value, IoNeeded) else value
+        if isinstance(value, IoNeeded):
+            own = context.port.is_users(value.gpa, 2)
+            return 0xFFFF if own else context.port.on_mmio_read(value.gpa, 2) & 0xFFFF
+        return value
 
     # ---- the entry from the core -------------------------------------------------------------------------------------
 
