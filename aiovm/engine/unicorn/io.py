@@ -134,6 +134,8 @@ class PortIo:
         if engine.leaving:
             engine.stop()
         elif context.window:
+            context.window = False
+            engine.apply_windows(context)
             context.port.on_irq_window()
         return True
 
