@@ -83,6 +83,8 @@ class DebugSession:
         vm.debugger = self
         #: Original bytes by guest physical address.
         self._patched: dict[int, bytes] = {}
+        #: Where each breakpoint was put, by linear address: page tables may say something else when it is removed.
+        self._points: dict[int, int] = {}
         self._slots: list[_Slot | None] = [None] * _SLOTS
         self._parked: set[int] = set()
         self._may_go = [asyncio.Event() for _ in vm.vcpus]
@@ -197,6 +199,7 @@ class DebugSession:
         """Take every breakpoint away and let the machine run on by itself."""
         for gpa in list(self._patched):
             self._restore(gpa)
+        self._points.clear()
         self._slots = [None] * _SLOTS
         self.vm.debugger = None
         self._hold(False)
@@ -255,20 +258,22 @@ class DebugSession:
 
     def insert_breakpoint(self, vcpu: Vcpu, gva: int) -> bool:
         """An INT3 at ``gva``; False where there is no memory."""
-        gpa = self._translate(vcpu, gva)
+        gpa = self._points.get(gva, self._translate(vcpu, gva))
         if gpa is None or not self.vm.memory.is_ram(gpa):
             return False
         if gpa not in self._patched:
             self._patched[gpa] = self.vm.memory.read(gpa, 1)
             self.vm.memory.load_rom(gpa, _INT3)
+        self._points[gva] = gpa
         return True
 
-    def remove_breakpoint(self, vcpu: Vcpu, gva: int) -> bool:
-        """Whether there was one."""
-        gpa = self._translate(vcpu, gva)
-        if gpa not in self._patched:
+    def remove_breakpoint(self, gva: int) -> bool:
+        """Whether there was one. The INT3 goes with the last linear address that means it."""
+        gpa = self._points.pop(gva, None)
+        if gpa is None:
             return False
-        self._restore(gpa)
+        if gpa not in self._points.values():
+            self._restore(gpa)
         return True
 
     def _restore(self, gpa: int) -> None:

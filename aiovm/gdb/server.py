@@ -372,8 +372,8 @@ class _Client:
         address, length = where
         session = self._session
         if kind == "0":
-            done = session.insert_breakpoint if insert else session.remove_breakpoint
-            return _OK if done(self._vcpu, address) else _NO_MEMORY
+            done = session.insert_breakpoint(self._vcpu, address) if insert else session.remove_breakpoint(address)
+            return _OK if done else _NO_MEMORY
         watch = _WATCHES.get(kind)
         if watch is None:
             return _UNKNOWN

@@ -1,12 +1,14 @@
 """The GDB server's wire and commands, without GDB: what the manual says, and what nobody should send."""
 
 import asyncio
+import random
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from aiovm import guests
-from aiovm.errors import ConfigError, StateError
+from aiovm.errors import ConfigError, StateError, TripleFault
 from aiovm.gdb import DebugSession, GdbServer
 from aiovm.gdb.packets import INTERRUPT, PacketStream, escape, frame, unescape
 from aiovm.gdb.registers import REGISTERS, TARGET_XML
@@ -66,6 +68,19 @@ def test_packets_are_acknowledged_and_noise_is_skipped():
         assert await received(b"$never ends") == ([], b"")
         assert await received(b"$" + b"x" * 100_000 + b"#00") == ([], b"")
         assert await received(b"$g#zz") == ([], b"-")
+
+    run(main())
+
+
+def test_garbage_on_the_wire_ends_in_packets_or_nothing():
+    chance = random.Random(3)
+
+    async def main():
+        for _ in range(200):
+            noise = bytes(chance.choice(b"$#}+-*\x03g0a\xff") for _ in range(chance.randrange(80)))
+            packets, out = await received(noise + b"#00$g#67")
+            assert packets[-1] == b"g", noise
+            assert out.endswith(b"+")
 
     run(main())
 
@@ -205,6 +220,40 @@ def test_the_end_is_told():
         assert await gdb.ask(b"vCont;c") == b"W07"
 
     assert talk(END, dialogue).status == 7
+
+
+def test_a_breakpoint_goes_from_where_it_was_put_whatever_the_page_tables_say_now():
+    async def dialogue(gdb, vm):
+        vcpu = vm.vcpus[0]
+        assert await gdb.ask(b"Z0,7c04,1") == b"OK"
+        assert vm.memory.read(0x7C04, 1) == b"\xcc"
+        before = vcpu.get_sregs()
+        vcpu.set_sregs(replace(before, cr0=before.cr0 | 0x8000_0001, cr3=0x1_0000))  # an empty page directory
+        assert await gdb.ask(b"m7c04,1") == b"E0e"
+        assert await gdb.ask(b"z0,7c04,1") == b"OK"
+        assert vm.memory.read(0x7C00, 6) == LOOP
+        assert await gdb.ask(b"z0,7c04,1") == b"E0e", "once"
+        vcpu.set_sregs(before)
+
+    talk(LOOP, dialogue)
+
+
+def test_a_triple_fault_is_told_as_a_signal():
+    no_idt = bytes.fromhex("0f011e107c cc").ljust(0x10, b"\x90") + bytes(6)  # lidt [0x7c10]: no limit; int3
+
+    async def main():
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            vm.load(no_idt)
+            with suppress(TripleFault):
+                async with GdbServer(vm) as server:
+                    running = asyncio.create_task(vm.run())
+                    client = Client(*await asyncio.open_connection("127.0.0.1", server.port))
+                    client.writer.write(frame(b"c"))
+                    await running
+            assert await client.reply() == b"X0b"
+            client.writer.close()
+
+    run(main())
 
 
 def test_registers_are_written():
