@@ -38,10 +38,6 @@ __all__ = ["FOREVER", "Alarm", "Clock", "Timer", "VirtualClock", "WallClock", "n
 #: A deadline that never comes.
 FOREVER: Final = 1 << 62
 
-#: Without suspending, a coroutine may let time pass this often in a row; then the loop gets a turn, so that
-#: signals and threads are heard. A count, not a duration: virtual time must not see the host.
-_TURNS: Final = 512
-
 
 class Timer:
     """A call that was armed; ``cancel()`` makes it not happen."""
@@ -206,6 +202,9 @@ class VirtualClock:
         self._heap: list[tuple[int, int, Timer]] = []
         self._serial = 0
         self._turns = 0
+        #: Without suspending, a coroutine may let time pass this often in a row; then the loop gets a turn, so that
+        #: signals and threads are heard. A count, not a duration: virtual time must not see the host.
+        self.most_turns = 512
         #: Time stands still, see :meth:`hold`.
         self.held = False
         #: The loop's queue of callbacks that are ready now; nobody may skip past them.
@@ -258,7 +257,7 @@ class VirtualClock:
 
     def try_advance(self, deadline: int) -> bool:
         """Let time pass to ``deadline`` at once, when nothing else happens before or at it."""
-        if self.ready or self._turns >= _TURNS:
+        if self.ready or self._turns >= self.most_turns:
             self._turns = 0
             return False
         heap = self._heap
@@ -278,7 +277,7 @@ class VirtualClock:
         For callers outside slices, with a deadline that has not passed.
         """
         heap = self._heap
-        if (heap and heap[0][0] <= deadline) or self.ready or self._turns >= _TURNS:
+        if (heap and heap[0][0] <= deadline) or self.ready or self._turns >= self.most_turns:
             timer.deadline = deadline
             self._serial += 1
             heapq.heappush(heap, (deadline, self._serial, timer))

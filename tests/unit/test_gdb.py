@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -208,7 +209,10 @@ def test_an_int3_of_the_guests_own_is_the_guests():
 
 def test_ctrl_c_stops_a_guest_that_runs():
     async def dialogue(gdb, vm):
-        gdb.writer.write(frame(b"c") + INTERRUPT)
+        gdb.writer.write(frame(b"c"))
+        await asyncio.to_thread(time.sleep, 0.3)
+        assert vm.clock.now() > 1_000_000, "it runs"
+        gdb.writer.write(INTERRUPT)
         assert await gdb.reply() == b"T02thread:1;"
         assert vm.vcpus[0].context.state.rip in (0x7C00, 0x7C02, 0x7C04)
 
