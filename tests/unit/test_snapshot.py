@@ -375,7 +375,7 @@ def test_hosts_that_cannot_take_it():
 MADE = {
     "vcpu": "vm index vcpu_id apic context events pv steal ple port thread tsc requests stat history _runs_ahead _poll",
     "derived": "eff_db _timer",
-    "at rest": "mode blocking _polling mutex wq pid mmio",
+    "at rest": "mode blocking answering _polling mutex wq pid mmio",
     "program's": "kvm_run sigpending sigset sigset_active _immediate_exit _interrupted",
     "hooks": "on_sched_out on_slice lock_probe",
 }
