@@ -33,10 +33,13 @@ from aiovm.units import SEC
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-__all__ = ["FOREVER", "Alarm", "Clock", "Timer", "VirtualClock", "WallClock", "new_cells"]
+__all__ = ["FOREVER", "MOST_TURNS", "Alarm", "Clock", "Timer", "VirtualClock", "WallClock", "new_cells"]
 
 #: A deadline that never comes.
 FOREVER: Final = 1 << 62
+
+#: :attr:`VirtualClock.most_turns`, where nobody outside waits to be heard.
+MOST_TURNS: Final = 512
 
 
 class Timer:
@@ -83,6 +86,16 @@ class Clock(Protocol):
 def new_cells() -> memoryview:
     """A pair (now, limit) that the engine's block hook can share."""
     return memoryview((ctypes.c_int64 * 2)()).cast("B").cast("q")
+
+
+def _armed(heap: list[tuple[int, int, Timer]]) -> bool:
+    """Whether a call in ``heap`` has not been cancelled."""
+    return any(timer.callback is not None for _, _, timer in heap)
+
+
+def _nobody_may_wait(heap: list[tuple[int, int, Timer]]) -> None:
+    if _armed(heap):
+        raise StateError("the clock cannot be set while somebody waits for a time")
 
 
 class Alarm:
@@ -204,8 +217,8 @@ class VirtualClock:
         self._turns = 0
         #: Without suspending, a coroutine may let time pass this often in a row; then the loop gets a turn, so that
         #: signals and threads are heard. A count, not a duration: virtual time must not see the host.
-        self.most_turns = 512
-        #: Time stands still, see :meth:`hold`.
+        self.most_turns = MOST_TURNS
+        #: Time stands still: nothing that is armed happens.
         self.held = False
         #: The loop's queue of callbacks that are ready now; nobody may skip past them.
         self.ready: deque[object] = deque()
@@ -217,8 +230,7 @@ class VirtualClock:
 
     def set_now(self, now: int, epoch_ns: int) -> None:
         """Go on from a saved moment. Nobody may wait for a time meanwhile."""
-        if any(timer.callback is not None for _, _, timer in self._heap):
-            raise StateError("the clock cannot be set while somebody waits for a time")
+        _nobody_may_wait(self._heap)
         self.cells[0] = now
         self.epoch_ns = epoch_ns
 
@@ -289,11 +301,7 @@ class VirtualClock:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is armed and nobody ready: from inside a timer's call, it is the last that can happen."""
-        return not self.ready and all(timer.callback is None for _, _, timer in self._heap)
-
-    def hold(self, wanted: bool) -> None:
-        """Have time stand still, or go on: nothing that is armed happens meanwhile."""
-        self.held = wanted
+        return not self.ready and not _armed(self._heap)
 
     def steps(self, most: int) -> int:
         """Make up to ``most`` calls, each at its deadline, and stop when one made something ready; how many."""
@@ -348,8 +356,7 @@ class WallClock:
 
     def set_now(self, now: int, epoch_ns: int) -> None:
         """Go on from a saved moment, at the wall time that it really is. Nobody may wait for a time meanwhile."""
-        if any(timer.callback is not None for _, _, timer in self._heap):
-            raise StateError("the clock cannot be set while somebody waits for a time")
+        _nobody_may_wait(self._heap)
         self.base_ns = time.monotonic_ns() - now
         self.epoch_ns = time.time_ns() - now
 

@@ -25,6 +25,7 @@ from aiovm.errors import ConfigError
 from aiovm.lapic_message import Accepted, DeliveryMode, IpiMessage, Shorthand, decode_icr
 from aiovm.lapic_registers import APIC_BASE, LVT_MASKED, LVT_WRITABLE, BaseMsr, LapicEffect, LapicState, Lvt, Reg
 from aiovm.lapic_timer import LapicTimer, LapicTimerState, TimerMode
+from aiovm.memory import PAGE
 
 __all__ = [
     "APIC_BASE",
@@ -130,6 +131,11 @@ class Lapic:
     def base_address(self) -> int:
         """Where the register page lies."""
         return self._s.base & ~0xFFF
+
+    def page_offset(self, gpa: int) -> int:
+        """Where in the register page ``gpa`` lies; -1 outside it, and where the page is not to be seen."""
+        offset = gpa - self.base_address
+        return offset if 0 <= offset < PAGE and self._hw and not self._x2apic else -1
 
     @property
     def apic_base(self) -> int:

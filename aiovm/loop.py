@@ -20,9 +20,9 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
 
-from aiovm.clock import Alarm, Timer, VirtualClock, WallClock
+from aiovm.clock import MOST_TURNS, Alarm, Timer, VirtualClock, WallClock
 from aiovm.costs import Costs
 from aiovm.errors import ConfigError, DeadlockError, StateError
 from aiovm.policy.base import Policy, Requeue
@@ -39,6 +39,11 @@ __all__ = ["Host", "HostState", "VirtualLoop", "run", "run_wall"]
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+
+#: Calls from the clock's heap, and turns of one coroutine, before the loop looks at its sockets.
+_HEARD: Final = (1, 4)
+_UNHEARD: Final = (256, MOST_TURNS)
 
 
 class _ClockHandle(asyncio.TimerHandle):
@@ -110,8 +115,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         ready = self._ready  # type: ignore[attr-defined]
         # Whoever waits at a socket (a debugger's Ctrl-C) is heard soon, at the price of a system call for each step.
         heard = len(self._selector.get_map()) > 1  # type: ignore[attr-defined]
-        self.clock.most_turns = 4 if heard else 512
-        if not ready and not self._stopping and not self.clock.steps(1 if heard else 256):  # type: ignore[attr-defined]
+        steps, self.clock.most_turns = _HEARD if heard else _UNHEARD
+        if not ready and not self._stopping and not self.clock.steps(steps):  # type: ignore[attr-defined]
             self._idle()
         for _ in range(len(ready)):
             handle = ready.popleft()

@@ -9,8 +9,8 @@ Rules, from ``virt/kvm/kvm_main.c`` of Linux 6.16:
 * :class:`GuestPtr` (``gfn_to_hva_cache``) remembers where an address leads and asks again when the generation moved.
 * The dirty log has every page that the host wrote through here, and every page whose bytes the guest has changed: its
   stores run at full speed, and a slot that logs keeps a copy to compare with when somebody asks.
-* Reading where no slot is gives ``None`` or
-  raises :class:`NoMemory`; a write to a read-only slot is refused the same way: that is MMIO, not an error.
+* Reading where no slot is gives ``None`` or raises :class:`NoMemory`; a write to a read-only slot is refused the same
+  way: that is MMIO, not an error.
 
 Modelled: address spaces 0 (normal) and 1 (SMM). Not modelled: huge pages, the MMIO generation in page tables, the
 dirty bit of a page to which the guest stored what was there already.

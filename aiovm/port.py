@@ -24,16 +24,17 @@ from aiovm.segmentation import Fault
 from aiovm.smm import enter_smm, leave_smm
 from aiovm.task_register import io_permitted, load_tr
 from aiovm.trace import Kind
-from aiovm.vcpu_io import UserRange
+from aiovm.vcpu_io import UserRange, within_page
 
 if TYPE_CHECKING:
+    from aiovm.bus import Bus
     from aiovm.lapic import Lapic, LapicEffect
     from aiovm.vcpu import Vcpu
 
 __all__ = ["VcpuPort"]
 
 _M64 = (1 << 64) - 1
-_APIC_PAGE, _TASKPRI = 0x1000, 0x80
+_TASKPRI = 0x80
 _IF = 0x200
 
 _X2APIC_MSRS = range(0x800, 0x900)
@@ -186,18 +187,14 @@ class VcpuPort:
         self.vcpu.stat.io_exits += 1
         if vm.trace.on:
             vm.trace.emit(vm.clock.now(), Kind.PIO, self.vcpu.thread.number, port | 1 << 16, value)
-        self.vcpu.answering = True
-        claimed = vm.ports.write(port, size, value, vm.clock.now())
-        self.vcpu.answering = False
-        if not claimed:
+        if not self._store(vm.ports, port, size, value):
             vm.unclaimed_out(self.vcpu, port, size, value)
 
     def on_mmio_read(self, gpa: int, size: int) -> int:
         vm, vcpu = self.vm, self.vcpu
         vcpu.stat.mmio_exits += 1
-        apic = vcpu.apic
-        offset = gpa - apic.base_address
-        if 0 <= offset < _APIC_PAGE and apic.hw_enabled and not apic.x2apic:
+        offset = vcpu.apic.page_offset(gpa)
+        if offset >= 0:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=False)
             return self._apic().mmio_read(offset, size, vm.clock.now())
@@ -210,32 +207,33 @@ class VcpuPort:
     def on_mmio_write(self, gpa: int, size: int, value: int) -> None:
         vm, vcpu = self.vm, self.vcpu
         vcpu.stat.mmio_exits += 1
-        apic = vcpu.apic
-        offset = gpa - apic.base_address
-        if 0 <= offset < _APIC_PAGE and apic.hw_enabled and not apic.x2apic:
+        offset = vcpu.apic.page_offset(gpa)
+        if offset >= 0:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=True)
             self.apply(self._apic().mmio_write(offset, size, value, vm.clock.now()))
-            return
-        vcpu.answering = True
-        claimed = vm.mmio.write(gpa, size, value, vm.clock.now())
-        vcpu.answering = False
-        if not claimed:
+        elif not self._store(vm.mmio, gpa, size, value):
             self._unknown(gpa, value)
 
+    def _store(self, bus: Bus, address: int, size: int, value: int) -> bool:
+        """Whether a device took the store; the interrupts that it raises for this CPU come at once."""
+        vcpu = self.vcpu
+        vcpu.answering = True
+        claimed = bus.write(address, size, value, self.vm.clock.now())
+        vcpu.answering = False
+        return claimed
+
     def is_users(self, gpa: int, size: int) -> bool:
-        apic = self.vcpu.apic
-        if apic.hw_enabled and not apic.x2apic and 0 <= gpa - apic.base_address < _APIC_PAGE:
+        if self.vcpu.apic.page_offset(gpa) >= 0:
             return False
         found = self.vm.mmio.find(gpa, size)
         return found is not None and isinstance(found[0], UserRange)
 
     def on_user_read(self, gpa: int, size: int) -> bool:
         vcpu = self.vcpu
-        exit_ = vcpu.mmio.begin_read(gpa, size)
-        if not self.is_users(gpa, exit_.size):
-            vcpu.mmio.needed = False
+        if not self.is_users(gpa, within_page(gpa, size)):
             return False
+        exit_ = vcpu.mmio.begin_read(gpa, size)
         vcpu.stat.mmio_exits += 1
         vcpu.note(f"load {gpa:#x}")
         self.vm.engine.leave(exit_)

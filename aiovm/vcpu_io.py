@@ -30,11 +30,16 @@ from aiovm.page_walk import PagingRegs
 if TYPE_CHECKING:
     from aiovm.vcpu import Vcpu
 
-__all__ = ["MmioFragment", "UserHandler", "UserIo", "UserRange"]
+__all__ = ["MmioFragment", "UserHandler", "UserIo", "UserRange", "within_page"]
 
 #: Answers an exit: the bytes of a load or IN; what it returns for a store or OUT is not looked at.
 UserHandler = Callable[[Pio | Mmio], Awaitable[bytes | None]]
 _EAX: Final = 4
+
+
+def within_page(gpa: int, size: int) -> int:
+    """How many of ``size`` bytes from ``gpa`` on lie in its page."""
+    return min(size, PAGE - gpa % PAGE)
 
 
 @dataclass(slots=True)
@@ -72,7 +77,7 @@ class UserIo:
 
     def begin_read(self, gpa: int, size: int) -> Mmio:
         """A load, ``size`` bytes from ``gpa`` on, that has not happened."""
-        near = min(size, PAGE - gpa % PAGE)
+        near = within_page(gpa, size)
         self.rest = size - near
         self.fragments = [MmioFragment(gpa, near)]
         self.cur_fragment, self.nr_fragments = 0, 2 if self.rest else 1

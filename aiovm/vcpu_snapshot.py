@@ -8,7 +8,7 @@ what the scheduler does next, and accounts. :mod:`aiovm.snapshot` makes a machin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import ContextState
@@ -80,17 +80,9 @@ class VcpuSnapshot:
 _PLAIN: Final = (
     "cpu", "preempted", "preempted_in_kernel", "ready", "in_spin_loop", "dy_eligible", "pv_unhalted", "halt_poll_ns",
     "smbase", "ia32_misc_enable_msr", "tpr_access_reporting", "ipi_senders", "mp_state", "guest_debug_dr",
+    "yielded",
 )  # fmt: skip
-_ACCOUNT: Final = (
-    "pcpu_index",
-    "ready_since",
-    "run_delay",
-    "ran_ns",
-    "started",
-    "slice_end",
-    "ignored_yields",
-    "vruntime",
-)
+_ACCOUNT: Final = tuple(field.name for field in fields(ThreadAccount))
 
 
 def save_vcpu(vcpu: Vcpu) -> VcpuSnapshot:
@@ -113,7 +105,6 @@ def save_vcpu(vcpu: Vcpu) -> VcpuSnapshot:
         guest_debug=int(vcpu.guest_debug),
         tpr_access=vcpu.tpr_access,
         history=tuple(vcpu.history),
-        yielded=vcpu.yielded,
         owed=vcpu.owed_ns,
         **{name: getattr(vcpu, name) for name in _PLAIN},
     )
@@ -133,7 +124,7 @@ def restore_vcpu(vcpu: Vcpu, saved: VcpuSnapshot, *, same_host: bool) -> None:
     vcpu.tpr_access = saved.tpr_access
     vcpu.history.clear()
     vcpu.history.extend(saved.history)
-    vcpu.yielded, vcpu.owed_ns = saved.yielded, saved.owed
+    vcpu.owed_ns = saved.owed
     for name in _PLAIN:
         setattr(vcpu, name, getattr(saved, name))
     vcpu.guest_debug = DebugControl(saved.guest_debug)

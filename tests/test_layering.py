@@ -14,7 +14,7 @@ ROOT = Path(aiovm.__file__).parent
 
 #: Module patterns (without ``aiovm.``) by floor; the first that matches counts.
 FLOORS = {
-    0: ("errors", "units", "bits", "trace", "stats"),
+    0: ("errors", "units", "bits", "trace", "stats", "results"),
     1: (
         "requests",
         "exits",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from aiovm.cli.files import write_file
 from aiovm.cli.progress import progress_bar
+from aiovm.results import to_json
 from aiovm.sim.paper import Outcome, run_paper, select, vary
 from aiovm.sim.paper.real import REAL_ROWS, run_real
 
@@ -58,7 +58,7 @@ def _paper(
         console.width = 170
     console.print(_table(outcomes))
     if json is not None:
-        write_file(json, msgspec.json.format(msgspec.json.encode({"rows": outcomes})) + b"\n")
+        write_file(json, to_json({"rows": outcomes}))
 
 
 def _table(outcomes: list[Outcome]) -> Table:

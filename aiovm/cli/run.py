@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from aiovm.cli.console import keyboard, open_output
@@ -22,6 +21,7 @@ from aiovm.gdb import GdbServer
 from aiovm.loaders import Module, identify, read_modules
 from aiovm.loop import Host, run, run_wall
 from aiovm.policy import by_name
+from aiovm.results import to_json
 from aiovm.sinks import open_sinks
 from aiovm.trace import HashSink, Tracer
 from aiovm.units import parse_duration, parse_size
@@ -183,7 +183,7 @@ def _run(
     if json is not None:
         report = {"reason": outcome.reason, "status": outcome.status, "now_ns": outcome.now, **statistics}
         report["trace_hash"] = digest.hexdigest()
-        write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        write_file(json, to_json(report))
     raise typer.Exit(outcome.status & 0xFF)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
 from aiovm.cli.files import write_file
 from aiovm.cli.progress import progress_bar
+from aiovm.results import to_json
 from aiovm.sim.lab import simulate
 from aiovm.sim.plot import check_plots, plot_sim
 from aiovm.sim.scenario import load_scenario
@@ -57,6 +57,6 @@ def _sim(
         tracer.close()
     print_result(result, Console())
     if json is not None:
-        write_file(json, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        write_file(json, to_json(result))
     if plot is not None:
         plot_sim(result, records.records, plot)

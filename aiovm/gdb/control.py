@@ -36,9 +36,10 @@ __all__ = ["Action", "DebugSession", "Stop", "Watch"]
 #: The signal number that stops a vCPU; SIGTRAP's.
 _TRAP: Final = 5
 _INT3: Final = b"\xcc"
-_BP, _DB = 3, 1
+_BP: Final = 3
 _LENGTH_CODES: Final = {1: 0, 2: 1, 4: 3, 8: 2}
 _SLOTS: Final = 4
+_STEP: Final = DebugControl.SINGLESTEP | DebugControl.BLOCKIRQ
 
 
 class Watch(enum.IntEnum):
@@ -71,6 +72,10 @@ class _Slot(NamedTuple):
     kind: Watch
     address: int
     length: int
+
+
+def _slot(kind: Watch, gva: int, length: int) -> _Slot:
+    return _Slot(kind, gva, 1 if kind is Watch.EXECUTE else length)
 
 
 class DebugSession:
@@ -141,7 +146,7 @@ class DebugSession:
             gpa = self._translate(vcpu, exit_.pc)
             if gpa not in self._patched:
                 self._passing.add(index)
-                vcpu.set_guest_debug(DebugControl.ENABLE | DebugControl.SINGLESTEP | DebugControl.BLOCKIRQ)
+                vcpu.set_guest_debug(DebugControl.ENABLE | _STEP)
                 return False
         return True
 
@@ -157,7 +162,7 @@ class DebugSession:
         """Virtual time stands still, or goes on."""
         clock = self.vm.clock
         if isinstance(clock, VirtualClock):
-            clock.hold(wanted)
+            clock.held = wanted
 
     # ---- going on --------------------------------------------------------------------------------------------------
 
@@ -178,14 +183,14 @@ class DebugSession:
 
     def _apply(self, vcpu: Vcpu) -> None:
         """KVM_SET_GUEST_DEBUG for what is set now."""
-        control = DebugControl.ENABLE if self._patched else DebugControl.NONE
+        control = DebugControl.NONE
         if self._patched:
             control |= DebugControl.USE_SW_BP
         if any(self._slots):
-            control |= DebugControl.ENABLE | DebugControl.USE_HW_BP
+            control |= DebugControl.USE_HW_BP
         if self._actions[vcpu.index] is Action.STEP:
-            control |= DebugControl.ENABLE | DebugControl.SINGLESTEP | DebugControl.BLOCKIRQ
-        vcpu.set_guest_debug(control, self._debug_registers())
+            control |= _STEP
+        vcpu.set_guest_debug(control and control | DebugControl.ENABLE, self._debug_registers())
 
     def _debug_registers(self) -> list[int]:
         registers = [0] * 8
@@ -283,7 +288,7 @@ class DebugSession:
 
     def insert_watch(self, kind: Watch, gva: int, length: int) -> bool:
         """A debug register; False when none is free or it cannot watch that."""
-        slot = _Slot(kind, gva, 1 if kind is Watch.EXECUTE else length)
+        slot = _slot(kind, gva, length)
         if slot in self._slots:
             return True
         if slot.length not in _LENGTH_CODES or gva % slot.length or None not in self._slots:
@@ -293,7 +298,7 @@ class DebugSession:
 
     def remove_watch(self, kind: Watch, gva: int, length: int) -> bool:
         """Whether there was one."""
-        slot = _Slot(kind, gva, 1 if kind is Watch.EXECUTE else length)
+        slot = _slot(kind, gva, length)
         if slot not in self._slots:
             return False
         self._slots[self._slots.index(slot)] = None

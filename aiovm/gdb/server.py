@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from aiovm.errors import ConfigError, TripleFault
 from aiovm.gdb import registers
@@ -26,7 +26,7 @@ from aiovm.gdb.packets import INTERRUPT, LONGEST, PacketStream, escape, unescape
 from aiovm.units import format_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import TracebackType
 
     from aiovm.vcpu import Vcpu
@@ -43,6 +43,10 @@ _HELP: Final = "monitor info   every vCPU's state, and the time\nmonitor stat   
 _WATCHES: Final = {"1": Watch.EXECUTE, "2": Watch.WRITE, "3": Watch.ACCESS, "4": Watch.ACCESS}
 _WATCH_WORDS: Final = {Watch.WRITE: "watch", Watch.ACCESS: "awatch"}
 _SEGV: Final = 11
+#: With and without a signal for the guest, which takes none.
+_ACTIONS: Final = {"c": Action.CONTINUE, "C": Action.CONTINUE, "s": Action.STEP, "S": Action.STEP}
+
+T = TypeVar("T")
 
 
 class GdbServer:
@@ -60,11 +64,11 @@ class GdbServer:
         self._server: asyncio.Server | None = None
         self._session: DebugSession | None = None
         self._busy = False
-        self._ended: asyncio.Future[bytes] | None = None
+        #: How the guest ended, as GDB wants to hear it.
+        self._ended: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._clients: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._ended = asyncio.get_running_loop().create_future()
         try:
             self._server = await asyncio.start_server(self._connected, self._host, self.port)
         except OSError as error:
@@ -77,7 +81,7 @@ class GdbServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._ended is not None and not self._ended.done():
+        if not self._ended.done():
             fault = isinstance(error, TripleFault)
             self._ended.set_result(b"X%02x" % _SEGV if fault else b"W00")
         assert self._server is not None
@@ -89,7 +93,7 @@ class GdbServer:
             self._session.detach()
 
     def _on_end(self, outcome: Outcome) -> None:
-        if self._ended is not None and not self._ended.done():
+        if not self._ended.done():
             self._ended.set_result(b"W%02x" % (outcome.status & 0xFF))
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -97,7 +101,7 @@ class GdbServer:
         assert task is not None
         self._clients.add(task)
         try:
-            if not self._busy and self._ended is not None and not self._ended.done():
+            if not self._busy and not self._ended.done():
                 self._busy = True
                 if self._session is None:
                     self._session = DebugSession(self.vm)
@@ -160,10 +164,10 @@ class _Client:
 
     async def _serve(self) -> None:
         self._session.stop()
-        self._last = await self._stopped()
+        self._last = await self._unless_ended(self._session.wait_stopped()) or self._last
         while not self._gone:
-            packet = await self._next()
-            if packet is None:
+            packet = await self._unless_ended(self._inbox.get())
+            if packet is None:  # the connection or the machine is over
                 return
             if packet == INTERRUPT:
                 continue
@@ -177,24 +181,15 @@ class _Client:
             else:
                 await self._run(resume)
 
-    async def _next(self) -> bytes | None:
-        """The next packet; None when the connection or the machine is over."""
-        received = asyncio.ensure_future(self._inbox.get())
-        waiting: list[asyncio.Future[Any]] = [received, self._ended]
+    async def _unless_ended(self, coming: Coroutine[Any, Any, T]) -> T | None:
+        """What comes; None when the machine ends first."""
+        future = asyncio.ensure_future(coming)
+        waiting: list[asyncio.Future[Any]] = [future, self._ended]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if received.done():
-            return received.result()
-        received.cancel()
+        if future.done():
+            return future.result()
+        future.cancel()
         return None
-
-    async def _stopped(self) -> Stop:
-        stopped = asyncio.ensure_future(self._session.wait_stopped())
-        waiting: list[asyncio.Future[Any]] = [stopped, self._ended]
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if stopped.done():
-            return stopped.result()
-        stopped.cancel()
-        return self._last
 
     async def _run(self, actions: dict[int, Action]) -> None:
         """Let go, and wait for a stop, the end or Ctrl-C; tell GDB."""
@@ -242,19 +237,17 @@ class _Client:
 
     def _actions(self, command: str) -> dict[int, Action] | None:
         """What vCPUs shall do, when the command is one that resumes."""
-        if command[:1] in ("c", "C", "s", "S"):
-            step = command[0] in "sS"
-            return dict.fromkeys(range(len(self._vm.vcpus)), Action.CONTINUE) | {
-                self._current: Action.STEP if step else Action.CONTINUE
-            }
+        action = _ACTIONS.get(command[:1])
+        if action is not None:
+            return dict.fromkeys(range(len(self._vm.vcpus)), Action.CONTINUE) | {self._current: action}
         if not command.startswith("vCont;"):
             return None
         found: dict[int, Action] = {}
         for part in command[6:].split(";"):
             word, _, thread = part.partition(":")
-            if word[:1] not in ("c", "C", "s", "S"):
+            action = _ACTIONS.get(word[:1])
+            if action is None:
                 continue
-            action = Action.STEP if word[0] in "sS" else Action.CONTINUE
             named = range(len(self._vm.vcpus)) if thread in ("", "-1") else [self._thread(thread)]
             for index in named:
                 if index is not None:
@@ -352,15 +345,15 @@ class _Client:
 
     def _write_memory(self, text: str) -> bytes:
         head, _, body = text.partition(":")
-        where, data = _range(head), _bytes(body)
-        if where is None or data is None or len(data) != where[1]:
-            return _BAD
-        return _OK if self._session.write(self._vcpu, where[0], data) else _NO_MEMORY
+        return self._store(head, _bytes(body))
 
     def _write_binary(self, packet: bytes) -> bytes:
         head, _, body = packet.partition(b":")
-        where, data = _range(head.decode("latin-1")), unescape(body)
-        if where is None or len(data) != where[1]:
+        return self._store(head.decode("latin-1"), unescape(body))
+
+    def _store(self, place: str, data: bytes | None) -> bytes:
+        where = _range(place)
+        if where is None or data is None or len(data) != where[1]:
             return _BAD
         return _OK if self._session.write(self._vcpu, where[0], data) else _NO_MEMORY
 

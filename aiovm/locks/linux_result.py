@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from aiovm.results import to_json
+
 __all__ = ["LinuxLockReport", "LinuxLockRow"]
 
 
@@ -50,4 +52,4 @@ class LinuxLockReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> bytes:
         """The report as JSON, two spaces an indent, with a newline at the end."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return to_json(self)

@@ -17,7 +17,6 @@ tas            a host that does not offer PV_UNHALT    no queue: whoever is runn
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -231,9 +230,9 @@ def linux_report(measurements: Sequence[LinuxMeasurement]) -> LinuxLockReport:
                 **w.counters,
             )
         )
-    digest = hashlib.blake2b(digest_size=16)
+    digest = HashSink()
     for m in measurements:
-        digest.update(bytes.fromhex(m.trace_hash))
+        digest.write(bytes.fromhex(m.trace_hash))
     wall = any(m.experiment.wall for m in measurements)
     return LinuxLockReport(rows=rows, trace_hash=None if wall else digest.hexdigest())
 

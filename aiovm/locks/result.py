@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from aiovm.results import to_json
+
 __all__ = ["LockReport", "LockRow"]
 
 
@@ -50,7 +52,7 @@ class LockReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> bytes:
         """The report as JSON, two spaces an indent, with a newline at the end."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> LockReport:

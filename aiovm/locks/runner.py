@@ -12,7 +12,6 @@ With a physical CPU for each vCPU there is nothing to wait for.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -266,12 +265,12 @@ def _read(
 
 def report(measurements: Iterable[Measurement], baselines: dict[str, Measurement]) -> LockReport:
     """Rows for what was measured. ``baselines``: each lock with a physical CPU for each vCPU."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = HashSink()
     rows = []
     for m in measurements:
         base = baselines[m.experiment.lock]
-        digest.update(bytes.fromhex(m.trace_hash))
-        digest.update(bytes.fromhex(base.trace_hash))
+        digest.write(bytes.fromhex(m.trace_hash))
+        digest.write(bytes.fromhex(base.trace_hash))
         per_cpu = m.throughput / m.experiment.pcpus
         reference = base.throughput / base.experiment.pcpus
         rows.append(

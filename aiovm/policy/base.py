@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
     from aiovm.policy.thread import Pcpu, Thread
 
-__all__ = ["Policy", "PolicyHost", "Requeue"]
+__all__ = ["Policy", "PolicyHost", "Requeue", "number_of", "thread_of"]
+
+
+def number_of(thread: Thread | None) -> int:
+    """A thread in a saved state: its number, -1 for none."""
+    return -1 if thread is None else thread.number
+
+
+def thread_of(number: int, threads: Sequence[Thread]) -> Thread | None:
+    """And back."""
+    return None if number < 0 else threads[number]
 
 
 class PolicyHost(Protocol):

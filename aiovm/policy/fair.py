@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiovm.policy.base import Policy, Requeue
+from aiovm.policy.base import Policy, Requeue, number_of, thread_of
 
 if TYPE_CHECKING:
     import random
@@ -63,14 +63,14 @@ class Fair(Policy):
     def save(self) -> dict[str, list[int]]:
         return {
             "floor": self._floor.copy(),
-            "next": [-1 if thread is None else thread.number for thread in self._next],
-            "skip": [-1 if thread is None else thread.number for thread in self._skip],
+            "next": [number_of(thread) for thread in self._next],
+            "skip": [number_of(thread) for thread in self._skip],
         }
 
     def restore(self, state: dict[str, list[int]], threads: Sequence[Thread]) -> None:
         self._floor = state["floor"].copy()
-        self._next = [None if number < 0 else threads[number] for number in state["next"]]
-        self._skip = [None if number < 0 else threads[number] for number in state["skip"]]
+        self._next = [thread_of(number, threads) for number in state["next"]]
+        self._skip = [thread_of(number, threads) for number in state["skip"]]
 
     def woke(self, thread: Thread, pcpu: Pcpu, now: int) -> None:
         if thread.pcpu_index >= 0 and thread.pcpu_index != pcpu.index:

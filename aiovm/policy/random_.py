@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiovm.policy.base import Policy
+from aiovm.policy.base import Policy, number_of, thread_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,11 +24,11 @@ class Random(Policy):
         self._boosted: Thread | None = None
 
     def save(self) -> dict[str, list[int]]:
-        return {"boosted": [-1 if self._boosted is None else self._boosted.number]}
+        return {"boosted": [number_of(self._boosted)]}
 
     def restore(self, state: dict[str, list[int]], threads: Sequence[Thread]) -> None:
         (number,) = state["boosted"]
-        self._boosted = None if number < 0 else threads[number]
+        self._boosted = thread_of(number, threads)
 
     def pick(self, pcpu: Pcpu, now: int) -> Thread | None:
         queue = pcpu.queue

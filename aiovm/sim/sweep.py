@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aiovm.errors import ConfigError
+from aiovm.results import to_json
 from aiovm.sim.jobs import run_jobs
 from aiovm.sim.result import SimResult  # noqa: TC001  (msgspec reads the annotations)
 from aiovm.sim.scenario import HostSpec, Scenario, build, to_toml_tree
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Point", "changed", "points", "run_sweep"]
+__all__ = ["Point", "changed", "points", "run_sweep", "split_setting"]
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _MOST = 100_000
@@ -68,10 +69,16 @@ def changed(base: Scenario, settings: Mapping[str, str]) -> Scenario:
     return build(tree, "", " ".join(f"{path}={value}" for path, value in settings.items()))
 
 
+def split_setting(setting: str, form: str) -> tuple[str, str]:
+    """The two sides of ``path=value``; ``form`` is what the refusal of another setting says."""
+    path, equals, value = setting.partition("=")
+    if not equals or not path or not value:
+        raise ConfigError(f"bad setting {setting!r}: write {form}")
+    return path, value
+
+
 def _axis(setting: str) -> tuple[str, list[str]]:
-    path, equals, text = setting.partition("=")
-    if not equals or not path or not text:
-        raise ConfigError(f"bad setting {setting!r}: write path=1..16 or path=a,b")
+    path, text = split_setting(setting, "path=1..16 or path=a,b")
     values: list[str] = []
     for part in text.split(","):
         bounds = _RANGE.fullmatch(part)
@@ -143,7 +150,7 @@ def _load(path: Path) -> SimResult | None:
 
 def _store(path: Path, point: Point, result: SimResult) -> None:
     """Whole or not at all: written beside, then renamed."""
-    data = msgspec.json.format(msgspec.json.encode(_Stored(point.settings, point.seed, result))) + b"\n"
+    data = to_json(_Stored(point.settings, point.seed, result))
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         partial.write_bytes(data)

@@ -135,7 +135,7 @@ class Claims:
         limit, cells[1] = cells[1], _UNBOUNDED
         engine.close_windows()
         engine.sync_out()
-        engine.execute(context)
+        engine.enter(context)
         engine.sync_in()
         cells[1] = min(limit, cells[1])
         engine.apply_windows(context)

@@ -657,7 +657,7 @@ class UnicornEngine:
         else:
             if self._watches:
                 self._watch(False)
-            error = self._enter(context) if self.pointers else self._enter_public(context)
+            error = self._go(context)
             while error == READ_REFUSED and not self._over():
                 error = self._refused(context)
         context.map_generation = -1
@@ -672,17 +672,18 @@ class UnicornEngine:
         """A load from a claimed page: the program's, which leaves, or of the page's other part; then on we go."""
         load = self.claims.probe(context)
         if load is None:  # the page tables have changed meanwhile
-            return self._again(context)
+            return self._go(context)
         self.cells[0] += self._exit_ns
         if context.port.on_user_read(*load):
             return 0
         missing = self.claims.replay(context)
         if missing is not None:
             context.port.on_user_read(*missing)
-        return 0 if self._over() or self.cells[0] >= self.cells[1] else self._again(context)
+        return 0 if self._over() or self.cells[0] >= self.cells[1] else self._go(context)
 
-    def _again(self, context: UnicornContext) -> int:
-        return self._enter(context) if self.pointers else self._enter_public(context)
+    def _go(self, context: UnicornContext, count: int = 0) -> int:
+        """As :meth:`enter`, with what the public path needs around it."""
+        return self.enter(context, count) if self.pointers else self._enter_public(context, count)
 
     def finish_read(self, context: UnicornContext) -> tuple[int, int] | None:
         """Between slices: execute the load at RIP with ``context.answers``; the next load that lacks one, if any."""
@@ -707,11 +708,7 @@ class UnicornEngine:
             self._virq.value = 0
             self._pending.value = 0
 
-    def execute(self, context: UnicornContext) -> None:
-        """Guest code from RIP on, until something stops it."""
-        self._enter(context)
-
-    def _enter(self, context: UnicornContext, count: int = 0) -> int:
+    def enter(self, context: UnicornContext, count: int = 0) -> int:
         """Guest code runs, ``count`` instructions if it is not 0; the core's error number."""
         return self._emu_start(context.state.q[_EIP], count)
 
@@ -757,7 +754,7 @@ class UnicornEngine:
             if self._over():
                 break
             before = self.cells[0]
-            error = self._enter(context, 1) if self.pointers else self._enter_public(context, 1)
+            error = self._go(context, 1)
             if error or self._over():
                 break
             context.port.on_stepped()
@@ -789,7 +786,7 @@ class UnicornEngine:
             if context.window:
                 self.cells[1] = min(self.cells[1], self.cells[0] + _WINDOW_NS)
         self.sync_out()
-        error = self._enter(context, count)
+        error = self.enter(context, count)
         self.sync_in()
         return error
 

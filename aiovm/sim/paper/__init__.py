@@ -17,7 +17,7 @@ from aiovm.errors import ConfigError
 from aiovm.sim.jobs import Job, run_jobs
 from aiovm.sim.paper import hosts, locks, yields
 from aiovm.sim.paper.row import Row, Runs
-from aiovm.sim.sweep import changed
+from aiovm.sim.sweep import changed, split_setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,15 +63,8 @@ def select(names: str | None) -> list[Row]:
 
 def vary(rows: Sequence[Row], settings: Sequence[str]) -> list[Row]:
     """``rows`` with every scenario changed: ``path=value`` as in a sweep. To see on which assumption a result rests."""
-    pairs = dict(_pair(setting) for setting in settings)
+    pairs = dict(split_setting(setting, "path=value") for setting in settings)
     return [replace(r, scenarios={label: changed(s, pairs) for label, s in r.scenarios.items()}) for r in rows]
-
-
-def _pair(setting: str) -> tuple[str, str]:
-    path, equals, value = setting.partition("=")
-    if not equals or not path or not value:
-        raise ConfigError(f"bad setting {setting!r}: write path=value")
-    return path, value
 
 
 def run_paper(
