@@ -10,18 +10,17 @@ CPUs gets through some seconds in that time.
 import argparse
 import asyncio
 import hashlib
-import os
 import re
 import sys
 import time
-from pathlib import Path
+
+from linux_guests import GUESTS
 
 from aiovm.loop import run, run_wall
 from aiovm.stats import percentile
 from aiovm.units import format_ns
 from aiovm.vm import Vm
 
-GUESTS = Path(os.environ.get("AIOVM_GUESTS") or Path(__file__).parents[1] / "out" / "guests")
 COMPLAINTS = re.compile(r"BUG|WARNING|Oops|soft lockup|hard LOCKUP|unstable|rcu.*stall|blocked for more than")
 PATIENCE = 3600
 

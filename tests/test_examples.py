@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from linux_guests import GUESTS, HOW, may_skip
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-GUESTS = Path(os.environ.get("AIOVM_GUESTS") or ROOT / "out" / "guests")
 
 
 def test_every_example_has_its_output():
@@ -18,8 +18,8 @@ def test_every_example_has_its_output():
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_output(example):
-    if "AIOVM_GUESTS" in example.read_text() and not (GUESTS / "initrd.gz").exists():
-        pytest.skip(f"{GUESTS} has no guests: run make guests")
+    if "AIOVM_GUESTS" in example.read_text() and may_skip():
+        pytest.skip(HOW)
     done = subprocess.run(
         [sys.executable, "-W", "error", example],
         capture_output=True,

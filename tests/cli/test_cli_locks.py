@@ -4,10 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
-
-from aiovm.cli import main
 
 FIELDS = [
     "lock",
@@ -32,17 +31,8 @@ SMALL = ["--vcpus", "2", "--pcpus", "1", "--duration", "1ms", "--warmup", "1ms",
 
 
 @pytest.fixture
-def aiovm(monkeypatch, capfd):
-    """The command, in this process: status, what it printed, and its lines on standard error."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["aiovm", "locks", *args])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        return left.value.code, out, err.splitlines()
-
-    return call
+def locks(aiovm):
+    return partial(aiovm, "locks")
 
 
 def one_line(lines):
@@ -51,9 +41,9 @@ def one_line(lines):
     return lines[0].removeprefix("aiovm: ")
 
 
-def test_rows_and_table(aiovm, tmp_path):
+def test_rows_and_table(locks, tmp_path):
     result = tmp_path / "rows.json"
-    status, out, lines = aiovm(*SMALL, "--pcpus", "1,2", "--locks", "tas,pvticket", "--json", str(result))
+    status, out, lines = locks(*SMALL, "--pcpus", "1,2", "--locks", "tas,pvticket", "--json", str(result))
     assert (status, lines) == (0, [])
     found = json.loads(result.read_bytes())
     assert list(found) == ["rows", "trace_hash"]
@@ -73,15 +63,15 @@ def test_rows_and_table(aiovm, tmp_path):
         assert words in out
 
 
-def test_a_lock_that_does_not_exclude_is_caught(aiovm):
-    status, out, lines = aiovm(*SMALL, "--pcpus", "2", "--locks", "tas,broken", "--think", "1us")
+def test_a_lock_that_does_not_exclude_is_caught(locks):
+    status, out, lines = locks(*SMALL, "--pcpus", "2", "--locks", "tas,broken", "--think", "1us")
     assert (status, lines) == (3, ["mutual exclusion was violated by: broken"])
     assert "2 on 2 CPUs" in out
 
 
-def test_files_to_look_at(aiovm, tmp_path):
+def test_files_to_look_at(locks, tmp_path):
     lines, perfetto, picture = tmp_path / "t.jsonl", tmp_path / "t.pftrace", tmp_path / "locks.png"
-    status, _, said = aiovm(
+    status, _, said = locks(
         *SMALL, "--pcpus", "2", "--locks", "ticket", "--trace", f"{lines},{perfetto}", "--plot", str(picture)
     )
     assert (status, said) == (0, [])
@@ -91,22 +81,22 @@ def test_files_to_look_at(aiovm, tmp_path):
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_several_rows_are_traced_in_a_file_each(aiovm, tmp_path):
-    status, _, _ = aiovm(*SMALL, "--pcpus", "1,2", "--locks", "tas", "--trace", str(tmp_path / "t.jsonl"))
+def test_several_rows_are_traced_in_a_file_each(locks, tmp_path):
+    status, _, _ = locks(*SMALL, "--pcpus", "1,2", "--locks", "tas", "--trace", str(tmp_path / "t.jsonl"))
     assert status == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.tas-2on1.jsonl", "t.tas-2on2.jsonl"]
 
 
-def test_tracing_changes_nothing(aiovm, tmp_path):
+def test_tracing_changes_nothing(locks, tmp_path):
     plain, traced = tmp_path / "plain.json", tmp_path / "traced.json"
-    aiovm(*SMALL, "--locks", "ticket", "--json", str(plain))
-    aiovm(*SMALL, "--locks", "ticket", "--json", str(traced), "--trace", str(tmp_path / "t.jsonl"))
+    locks(*SMALL, "--locks", "ticket", "--json", str(plain))
+    locks(*SMALL, "--locks", "ticket", "--json", str(traced), "--trace", str(tmp_path / "t.jsonl"))
     assert plain.read_bytes() == traced.read_bytes()
 
 
-def test_in_processes_as_in_one(aiovm, tmp_path):
+def test_in_processes_as_in_one(locks, tmp_path):
     here, there = tmp_path / "here.json", tmp_path / "there.json"
-    aiovm(*SMALL, "--locks", "tas", "--json", str(here))
+    locks(*SMALL, "--locks", "tas", "--json", str(here))
     done = subprocess.run(
         [sys.executable, "-m", "aiovm", "locks", *SMALL, "--jobs", "2", "--locks", "tas", "--json", there],
         capture_output=True,
@@ -151,7 +141,7 @@ def test_in_processes_as_in_one(aiovm, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_options(aiovm, options, says):
-    status, out, lines = aiovm(*SMALL, "--locks", "tas", *options)
+def test_bad_options(locks, options, says):
+    status, out, lines = locks(*SMALL, "--locks", "tas", *options)
     assert (status, out) == (2, "")
     assert says in one_line(lines)

@@ -10,7 +10,6 @@ import pytest
 from images import MIB, Load, elf
 
 from aiovm import guests
-from aiovm.cli import main
 from aiovm.cli.status import status_of
 from aiovm.errors import (
     ConfigError,
@@ -46,20 +45,6 @@ def image(tmp_path):
         return str(path)
 
     return write
-
-
-@pytest.fixture
-def aiovm(monkeypatch, capfd):
-    """The command, in this process: status, what it printed, and its lines on standard error."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["aiovm", *args])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        return left.value.code, out, err.splitlines()
-
-    return call
 
 
 def process(*args, **options):

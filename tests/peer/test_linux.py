@@ -14,7 +14,8 @@ import sys
 from collections import Counter
 
 import pytest
-from linux_storm import COMPLAINTS, GUESTS, prepare, storm
+from linux_guests import GUESTS, needs
+from linux_storm import COMPLAINTS, prepare, storm
 from terminal import terminal
 
 from aiovm import snapshot_file
@@ -31,14 +32,7 @@ from aiovm.vm import Vm
 
 PATIENCE = 300
 
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not (GUESTS / "initrd.gz").exists() and not os.environ.get("CI"),
-        reason=f"{GUESTS} has no guests: run make guests",
-    ),
-]
+pytestmark = [pytest.mark.peer, pytest.mark.timeout(900), needs()]
 
 
 def linux(*, kernel=GUESTS / "vmlinuz", initrd="initrd.gz", cmdline="console=ttyS0 quiet", **options):

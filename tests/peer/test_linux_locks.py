@@ -1,14 +1,12 @@
 """``aiovm linux-locks`` on Debian's kernel; needs what ``make guests`` leaves in out/guests."""
 
 import json
-import os
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+from linux_guests import GUESTS, needs
 
 from aiovm import guests
-from aiovm.cli import main
 from aiovm.loaders import Module
 from aiovm.loaders.cpio import Archive
 from aiovm.loop import Host, run
@@ -16,34 +14,21 @@ from aiovm.paravirt.steal import StealTime
 from aiovm.trace import Kind, ListSink, Tracer
 from aiovm.vm import Vm
 
-GUESTS = Path(os.environ.get("AIOVM_GUESTS") or Path(__file__).parents[2] / "out" / "guests")
-
 
 def linux(test):
     """A test that boots the kernel."""
-    missing = not (GUESTS / "vmlinuz").exists() and not os.environ.get("CI")
-    skip = pytest.mark.skipif(missing, reason=f"{GUESTS} has no guests: run make guests")
-    return pytest.mark.peer(pytest.mark.timeout(600)(skip(test)))
+    return pytest.mark.peer(pytest.mark.timeout(600)(needs("vmlinuz")(test)))
 
 
 @pytest.fixture
-def aiovm(monkeypatch, capfd):
-    """The command, in this process: status, what it printed, and its lines on standard error."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["aiovm", "linux-locks", *args])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capfd.readouterr()
-        return left.value.code, out, err.splitlines()
-
-    return call
+def linux_locks(aiovm):
+    return partial(aiovm, "linux-locks")
 
 
 @linux
-def test_pv_spinlocks_halt_and_kick_where_others_spin(aiovm, tmp_path):
+def test_pv_spinlocks_halt_and_kick_where_others_spin(linux_locks, tmp_path):
     rows, trace = tmp_path / "rows.json", tmp_path / "t.jsonl"
-    status, out, lines = aiovm(
+    status, out, lines = linux_locks(
         *("--kernel", str(GUESTS / "vmlinuz"), "--vcpus", "2", "--pcpus", "1", "--no-ple", "--jobs", "1"),
         # Until a waiter is preempted for the first time all is well; with this seed that falls into the warm-up.
         *("--seed", "1", "--warmup", "20ms", "--duration", "60ms", "--json", str(rows), "--trace", str(trace)),
@@ -120,12 +105,12 @@ def test_flushing_tlbs_takes_one_ipi_for_those_that_run_and_none_for_the_others(
     assert any(flushed)
 
 
-def test_what_it_cannot_begin_with(aiovm, tmp_path, monkeypatch):
+def test_what_it_cannot_begin_with(linux_locks, tmp_path, monkeypatch):
     monkeypatch.delenv("AIOVM_GUESTS", raising=False)
     monkeypatch.chdir(tmp_path)
     none = "aiovm: no Linux kernel at out/guests/vmlinuz: make guests fetches one, or name yours with --kernel"
-    assert aiovm() == (2, "", [none])
-    assert aiovm("--kernel", "none") == (2, "", ["aiovm: no Linux kernel at none"])
+    assert linux_locks() == (2, "", [none])
+    assert linux_locks("--kernel", "none") == (2, "", ["aiovm: no Linux kernel at none"])
     (tmp_path / "kernel").write_bytes(b"x")
     for option, value, says in (
         ("--seed", str(1 << 63), "bad seed"),
@@ -136,6 +121,6 @@ def test_what_it_cannot_begin_with(aiovm, tmp_path, monkeypatch):
         ("--trace", "t.txt", "ends in .pftrace, .json or .jsonl"),
         ("--clock", "sun", "'sun'"),
     ):
-        status, out, lines = aiovm("--kernel", "kernel", option, value)
+        status, out, lines = linux_locks("--kernel", "kernel", option, value)
         assert (status, out, len(lines)) == (2, "", 1)
         assert says in lines[0]

@@ -5,11 +5,10 @@ Needs what ``make guests`` leaves in out/guests, or in the directory that AIOVM_
 
 import asyncio
 import hashlib
-import os
 import random
-from pathlib import Path
 
 import pytest
+from linux_guests import GUESTS, needs
 
 from aiovm import snapshot_file
 from aiovm.backends import ConsolePort, Disk, Entropy, FileStorage, Overlay, UserNet, Vsock
@@ -17,17 +16,9 @@ from aiovm.loop import Host, run, run_wall
 from aiovm.trace import HashSink, Tracer
 from aiovm.vm import Vm
 
-GUESTS = Path(os.environ.get("AIOVM_GUESTS") or Path(__file__).parents[2] / "out" / "guests")
 PATIENCE = 300
 
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not (GUESTS / "initrd.gz").exists() and not os.environ.get("CI"),
-        reason=f"{GUESTS} has no guests: run make guests",
-    ),
-]
+pytestmark = [pytest.mark.peer, pytest.mark.timeout(900), needs()]
 
 LEASE = (
     r'printf "#!/bin/sh\nif [ \$1 = bound ]; then ifconfig \$interface \$ip netmask \$subnet;'
@@ -136,7 +127,7 @@ def test_two_runs_with_devices_are_the_same_run(image):
     assert run(main()) == run(main())
 
 
-@pytest.mark.skipif(not (GUESTS / "initrd-python.gz").exists(), reason="no guest with Python")
+@needs("initrd-python.gz")
 def test_sockets_both_ways():
     async def main():
         vsock = Vsock()
