@@ -87,11 +87,12 @@ class SlotImage:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A machine. ``pcpus`` to ``costs``: of the host it ran on, to make one like it."""
+    """A machine. ``is_virtual`` to ``costs``: of the host it ran on, to make one like it."""
 
     engine: str
     now: int
     epoch_ns: int
+    is_virtual: bool
     pcpus: int
     policy: str
     slice_ns: int
@@ -119,6 +120,7 @@ def take(vm: Vm) -> Snapshot:
         engine=ENGINE,
         now=vm.clock.now(),
         epoch_ns=vm.clock.epoch_ns,
+        is_virtual=vm.clock.is_virtual,
         pcpus=len(host.pcpus),
         policy=host.policy.name,
         slice_ns=host.policy.slice_ns,

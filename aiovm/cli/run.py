@@ -80,7 +80,8 @@ def _run(
     The process status is the guest's: 0 for power-off, (value << 1) | 1 for a write to the debug-exit port 0xF4,
     64 triple fault, 66 unhandled exit, 68 stall (everything waits for ever), 70 time-out, 74 kernel panic, 2 bad input.
     On the wall clock the terminal is the guest's console; Ctrl-A x leaves, with status 0. In virtual time the guest
-    has no input. A Linux kernel whose console is a terminal runs on the wall clock unless --clock says otherwise.
+    has no input. Unless --clock says otherwise, a Linux kernel whose console is a terminal runs on the wall clock, a
+    restored machine on the clock it was saved on, and all others in virtual time.
 
     Example: aiovm run guest.elf --vcpus 4 --pcpus 2 --append "verbose=1"
 
@@ -103,7 +104,10 @@ def _run(
             raise ConfigError(f"{image}: the image is empty")
     check_seed(seed)
     linux = identify(data) in ("bzimage", "vmlinux", "pvh")
-    wall = (clock or _natural_clock(linux, console)) is ClockName.WALL
+    if clock is None:
+        virtual = saved.is_virtual if saved is not None else not (linux and _on_terminal(console))
+        clock = ClockName.VIRTUAL if virtual else ClockName.WALL
+    wall = clock is ClockName.WALL
     size = parse_size(memory or ("256M" if linux else "64M"))
     if json is not None:
         check_writable(json)
@@ -181,7 +185,8 @@ def _run(
         tracer.close()
         close()
     if json is not None:
-        report = {"reason": outcome.reason, "status": outcome.status, "now_ns": outcome.now, **statistics}
+        report = {"reason": outcome.reason, "status": outcome.status, "now_ns": outcome.now, "clock": clock.value}
+        report |= statistics
         report["trace_hash"] = digest.hexdigest()
         write_file(json, to_json(report))
     raise typer.Exit(outcome.status & 0xFF)
@@ -198,10 +203,9 @@ async def _debugged(vm: Vm, port: int | None) -> AsyncIterator[None]:
         yield
 
 
-def _natural_clock(linux: bool, console: str) -> ClockName:
-    """Who starts Linux on a terminal wants to type."""
-    talks = console == "stdio" and sys.stdin.isatty() and sys.stdout.isatty()
-    return ClockName.WALL if talks and linux else ClockName.VIRTUAL
+def _on_terminal(console: str) -> bool:
+    """Whether somebody may type: who starts Linux on a terminal wants to."""
+    return console == "stdio" and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _statistics(vm: Vm, host: Host) -> dict[str, object]:

@@ -49,7 +49,9 @@ def test_a_restored_run_is_saved_again_and_watched(aiovm):
 
 def test_on_the_wall_clock(aiovm):
     assert aiovm(TICKS, "--clock", "wall", "--save", "a.snap", "--save-at", "1ms")[0] == 1
-    assert aiovm("--restore", "a.snap", "--clock", "wall", "--timeout", "30s")[0] == 1
+    for clock, options in (("wall", ()), ("virtual", ("--clock", "virtual"))):
+        assert aiovm("--restore", "a.snap", *options, "--timeout", "30s", "--json", "b.json")[0] == 1
+        assert json.loads((aiovm.directory / "b.json").read_text())["clock"] == clock
 
 
 @pytest.mark.parametrize(
