@@ -60,3 +60,19 @@ def test_every_policy_is_explained():
         name for row in re.findall(r"^\| (`[^|]+) \|", text, re.MULTILINE) for name in re.findall("`([^`]+)`", row)
     }
     assert named - {"module:Class"} == set(POLICIES)
+
+
+def test_what_shows_a_claim_exists():
+    text = (ROOT / "docs" / "claims.md").read_text()
+    tests = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", text)
+    assert tests
+    for path, name in tests:
+        assert (ROOT / path).exists(), path
+        assert not name or re.search(rf"def {name}\b", (ROOT / path).read_text()), name
+    targets = re.findall(r"`make (\w+)`", text)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    named = [name for words in re.findall(r"`python -m benchmarks ([^`]+)`", text) for name in words.split()]
+    assert named
+    assert set(named) <= benchmarks
