@@ -70,6 +70,11 @@ _DEBUG_EXIT = 0xF4
 _MAX_VCPUS = 255
 #: What firmware leaves in the boot CPU's local APIC: enabled, LINT0 takes the 8259's interrupts, LINT1 is NMI.
 _FIRMWARE_APIC = ((0x0F0, 0x1FF), (0x350, 0x700), (0x360, 0x400))
+#: And in the two 8259s, by offset: interrupts 0-7 are vectors 0x08 on, 8-15 are 0x70 on.
+_FIRMWARE_PIC = (
+    ((0, 0x11), (1, 0x08), (1, 1 << 2), (1, 0x01)),
+    ((0, 0x11), (1, 0x70), (1, 2), (1, 0x01)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +262,9 @@ class Vm(VmIoctls, VmRest):
         boot_apic = self.lapics[0]
         for register, value in _FIRMWARE_APIC:
             boot_apic.mmio_write(register, 4, value, self.clock.now())
+        for chip, words in zip(self.pc.pic.ports, _FIRMWARE_PIC, strict=True):
+            for offset, word in words:
+                chip.write(offset, 1, word, self.clock.now())
         self.apic_map_changed()
         return self.image
 

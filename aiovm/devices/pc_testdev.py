@@ -4,7 +4,7 @@
 ports 0xE0–0xE3           a 32-bit register, at any width
 ports 0xE4–0xE7           "flush this page": taken and dropped (QEMU makes the host page trap once)
 ports 0xE8–0xEB           the same register as 0xE0
-ports 0x2000–0x2017       interrupt lines 0–23: a byte, zero is low, anything else high
+ports 0x2000–0x2017       interrupt lines 0–23: a byte each, zero is low, anything else high
 memory 0xFF000000+64 KiB  plain bytes
 ========================  =============================================================
 """
@@ -69,8 +69,9 @@ class PcTestdev:
         self._s.register = (self._s.register & ~mask | value << shift & mask) & 0xFFFF_FFFF
 
     def _write_irq(self, offset: int, size: int, value: int, now: int) -> None:
-        if size == 1:
-            self._lines[offset].set(bool(value))
+        for line in self._lines[offset : offset + size]:
+            line.set(bool(value & 0xFF))
+            value >>= 8
 
     def _read_memory(self, offset: int, size: int, now: int) -> int:
         return int.from_bytes(self._s.memory[offset : offset + size], "little")

@@ -600,3 +600,19 @@ def test_cpuid_hides_an_apic_that_is_off():
     end = bare("b91b000000" + "b80001e0fe" + "31d2" + "0f30" + "b801000000" + "0fa2" + END)
     assert not end.gpr[2] >> 9 & 1
     assert bare("b801000000" + "0fa2" + END).gpr[2] >> 9 & 1
+
+
+def test_rf_lasts_for_one_instruction():
+    """IRET may set RF; the instruction behind it ends that, and PUSHF never shows it."""
+    # mov eax, 0x10; push rax; push 0x70000; push 0x10002; push 8; lea rax, [rip+3]; push rax; iretq
+    returns = "b810000000" + "50" + "6800000700" + "6802000100" + "6a08" + "488d0503000000" + "50" + "48cf"
+    end = bare(returns + "90" + "eb00" + "9c5b" + END)  # nop; jmp; pushfq; pop rbx
+    assert end.gpr[3] == 2
+    assert not end.rflags & 1 << 16
+
+
+def test_interrupts_come_at_the_vectors_that_firmware_gave_them():
+    """Interrupt 11, raised through the test device, before anybody has programmed the 8259s: vector 0x73."""
+    # mov dx, 0x200b; mov al, 1; out dx, al; hlt
+    assert bare("ba0b20" + "b001" + "ee" + "f4", "real", flags=0x202).status == 0x73 << 1 | 1
+    assert bare("ba0120" + "b001" + "ee" + "f4", "real", flags=0x202).status == 0x09 << 1 | 1  # interrupt 1

@@ -34,10 +34,13 @@ def test_interrupt_lines():
     assert dev.irqs.length == 24
     dev.irqs.write(14, 1, 1, 0)
     dev.irqs.write(23, 1, 0x80, 0)
-    dev.irqs.write(0, 4, 1, 0)
     assert [i for i, line in enumerate(lines) if line.level] == [14, 23]
     dev.irqs.write(14, 1, 0, 0)
     assert not lines[14].level
+    dev.irqs.write(1, 4, 0x0100_FF00, 0)  # a byte for each line
+    assert [i for i, line in enumerate(lines) if line.level] == [2, 4, 23]
+    dev.irqs.write(22, 2, 0, 0)
+    assert not lines[23].level
     assert dev.irqs.read(0, 1, 0) == 0xFF
 
 

@@ -60,6 +60,7 @@ typedef struct {
     uint64_t *cr3;
     int64_t cr3_width;       /* bits that CR3 has; 0: stores to it go to Python */
     int64_t exit_cost;       /* ns */
+    uint64_t *resume;        /* where a block clears RF: the flags, or nobody's word */
 } budget;
 
 /* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
@@ -72,7 +73,7 @@ typedef struct {
 } block;
 
 enum { CR3_WRITE = 0x113, UNDEFINED = 0x146, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
-enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, EXECUTE = 4 };
+enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, RF = 1 << 16, EXECUTE = 4 };
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
@@ -86,6 +87,8 @@ static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
             return;
         cells[0] = now + (charge >> 8);
         b->frac = charge & 255;
+        if (__builtin_expect(*b->resume & RF, 0))
+            *b->resume &= ~(uint64_t)RF;
     } else if (!*b->exit_pending) {
         b->stops++;
         b->stop(uc);

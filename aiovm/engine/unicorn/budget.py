@@ -5,6 +5,8 @@ Rules (both hooks follow them; tests compare them):
 * Time is charged when a block starts, ``size`` code bytes at ``rate``/256 ns, the fraction carried along. The limit is
   tested first, and nothing is charged when the slice stops or when the core is about to leave before the block:
   so overshoot stays below one block, and neither caches nor translation history can be seen in the time.
+* A block begins without RFLAGS.RF, which lasts for one instruction (SDM vol. 3B, 18.3.1.1); the core would keep it,
+  and push it, until some indirect jump. Not while the engine steps (it clears RF itself) nor on the public path.
 * With a machine's counter given (:meth:`Budget.serve_tsc`), the C hook answers RDTSC and RDTSCP by itself, as the port
   would (:mod:`aiovm.tsc`); forms with prefixes and single steps go to Python.
 * The C hook loads CR3 by itself, too, when it was told how wide that is (:meth:`Budget.serve_cr3`), and 64-bit code
@@ -60,6 +62,7 @@ NATIVE: Final[bool] = _budget is not None
 _TSC_AUX: Final = 0xC000_0103
 _KNOWS_MONOTONIC: Final = sys.platform == "linux"
 
+_RF: Final = 1 << 16
 PAUSE: Final = 0x100 + Intercept.PAUSE
 
 
@@ -104,6 +107,7 @@ class BudgetStruct(ctypes.Structure):
         ("cr3", c_void_p),
         ("cr3_width", c_int64),
         ("exit_cost", c_int64),
+        ("resume", c_void_p),
     )
     if TYPE_CHECKING:
         rate: int
@@ -162,6 +166,8 @@ class Budget:
         self.native = native
         self.cells = cells
         self._quiet = ctypes.c_uint16(0)
+        self._no_flags = ctypes.c_uint64(0)
+        self._flags = ctypes.c_uint64.from_address(env + Env.EFLAGS) if env else self._no_flags
         self._physical = ctypes.c_uint64()
         s = self.struct = BudgetStruct()
         s.cells = ctypes.addressof(ctypes.c_char.from_buffer(cells))
@@ -174,6 +180,7 @@ class Budget:
             s.eflags = env + Env.EFLAGS
             s.tsc_aux = env + MSRS[_TSC_AUX]
             s.cr3 = env + Env.CR + 24
+        self.clear_resume(True)
         s.tsc_epoch = -1
         s.stop = lib.address_of(lib.uc_emu_stop)
         s.ple_window = -1
@@ -226,6 +233,11 @@ class Budget:
             s.tsc_khz = khz
             s.rdtsc_cost = cost
             s.tsc_epoch = -1 if epoch is None else epoch
+
+    def clear_resume(self, wanted: bool) -> None:
+        """Whether a block clears RFLAGS.RF."""
+        self._resume = self._flags if wanted else self._no_flags
+        self.struct.resume = ctypes.addressof(self._resume)
 
     def serve_cr3(self, width: int, cost: int) -> None:
         """CR3 has so many bits, and loading it costs ``cost`` ns. After :meth:`spare_stores` has found the TLB."""
@@ -286,6 +298,8 @@ class Budget:
         charge = s.frac + size * s.rate
         cells[0] = now + (charge >> 8)
         s.frac = charge & 255
+        if self._resume.value & _RF:
+            self._resume.value &= ~_RF
 
     def _twin_interrupt(self, uc: int, number: int, _user: int) -> None:
         if number == PAUSE and self._eip is not None and self._hflags is not None:

@@ -77,10 +77,12 @@ _ALL: Final = 7
 _STORES_ONLY: Final = 2
 
 _EIP: Final = Env.EIP >> 3
+_EFLAGS: Final = Env.EFLAGS >> 3
 _HFLAGS: Final = Env.HFLAGS >> 2
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _IF: Final = 0x200
+_RF: Final = 1 << 16
 _RDRAND: Final = 1 << 30
 _SYSCALL: Final = b"\x0f\x05"
 _SYSENTER: Final = b"\x0f\x34"
@@ -715,6 +717,7 @@ class UnicornEngine:
     def _set_stepping(self, wanted: bool) -> None:
         """Counted instructions need the exit checks that :data:`UC_NO_EXIT_REQUEST` leaves out of translations."""
         self.stepping = wanted
+        self.budget.clear_resume(not wanted)
         if self.pointers:
             self._no_exit_request.value = 0 if wanted else 1
         self._flush_code()
@@ -754,6 +757,7 @@ class UnicornEngine:
             if self._over():
                 break
             before = self.cells[0]
+            context.state.q[_EFLAGS] &= ~_RF
             error = self._go(context, 1)
             if error or self._over():
                 break
