@@ -37,7 +37,7 @@ from aiovm.kvmclock import KvmClock, clock_pairing
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
 from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
-from aiovm.loaders import LoadedImage, Module, apply, load, read_modules
+from aiovm.loaders import LoadedImage, Module, apply, load, read_image, read_modules
 from aiovm.loop import Host
 from aiovm.memory import GuestMemory, MemoryMap
 from aiovm.panic import PanicWatch
@@ -212,7 +212,7 @@ class Vm(VmIoctls, VmRest):
         ``initrd`` as ``aiovm run`` takes it, ``options`` as the class does. Without ``host`` one is made, with a
         physical CPU for each vCPU. The machine is stopped at the end; a guest that ended badly before raises there.
         """
-        image = _read(kernel)
+        image = read_image(kernel, "the kernel ")
         if host is None:
             host = Host(vcpus if pcpus is None else pcpus)
         size = memory if isinstance(memory, int) else parse_size(memory)
@@ -669,10 +669,3 @@ class Vm(VmIoctls, VmRest):
     def waiting_for_sipi(self) -> bool:
         """Whether every vCPU but the first still waits to be started."""
         return all(v.mp_state is MpState.UNINITIALIZED for v in self.vcpus[1:])
-
-
-def _read(kernel: str | Path) -> bytes:
-    try:
-        return Path(kernel).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read the kernel {kernel}: {error.strerror}") from error

@@ -6,8 +6,10 @@ A mistake of the user's is one line on standard error and status 2, never a trac
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
+from typing import Final
 
 import typer
 
@@ -21,6 +23,9 @@ from aiovm.cli.sweep import register as register_sweep
 from aiovm.errors import AiovmError, GuestPanic
 
 __all__ = ["app", "main"]
+
+#: What writing says when the disk is full or broken, at whichever moment the file is flushed.
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 app = typer.Typer(
     name="aiovm",
@@ -61,7 +66,10 @@ def _run() -> int:
         return BAD_INPUT
     except typer.Abort:
         status = INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            _say(f"cannot write: {error.strerror}")
+            return BAD_INPUT
         # Statuses of guests are odd, so Python's own 1 would pass for one.
         traceback.print_exc()
         _say("this is a fault of aiovm's own: please report it")

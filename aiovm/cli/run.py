@@ -18,7 +18,7 @@ from aiovm.cli.snapshots import given, host_like, open_snapshot, save_time, savi
 from aiovm.cli.status import OK
 from aiovm.errors import ConfigError, DeadlockError, TimeoutExpired
 from aiovm.gdb import GdbServer
-from aiovm.loaders import Module, identify, read_modules
+from aiovm.loaders import Module, identify, read_image, read_modules
 from aiovm.loop import Host, run, run_wall
 from aiovm.policy import by_name
 from aiovm.results import to_json
@@ -95,11 +95,8 @@ def _run(
     data = b""
     modules: tuple[Module, ...] = ()
     if image is not None:
-        try:
-            data = image.read_bytes()
-            modules = read_modules(initrd)
-        except OSError as error:
-            raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+        data = read_image(image)
+        modules = read_modules(initrd)
         if not data:
             raise ConfigError(f"{image}: the image is empty")
     check_seed(seed)

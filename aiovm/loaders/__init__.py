@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from aiovm.loaders import bzimage, elf, flat, linux, multiboot, pvh
 from aiovm.loaders.entry import EntryState, apply
-from aiovm.loaders.image import LoadedImage, LoadRequest, Module, read_modules
+from aiovm.loaders.image import LoadedImage, LoadRequest, Module, read_image, read_modules
 from aiovm.loaders.ram import MapEntry, MemoryType, Ram, Region, memory_map
 from aiovm.loaders.symbols import Symbol, Symbols
 from aiovm.memory import GuestMemory
@@ -43,6 +43,7 @@ __all__ = [
     "identify",
     "load",
     "memory_map",
+    "read_image",
     "read_modules",
 ]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aiovm.loaders.ram import Ram, Region
     from aiovm.loaders.symbols import Symbols
 
-__all__ = ["LoadRequest", "LoadedImage", "Module", "PlacedModule", "read_modules"]
+__all__ = ["LoadRequest", "LoadedImage", "Module", "PlacedModule", "read_image", "read_modules"]
 
 _PART = re.compile(r"(?:[^,]|,,)+")
 
@@ -117,16 +117,23 @@ class LoadedImage:
     symbols: Symbols
 
 
+def read_image(path: str | Path, what: str = "") -> bytes:
+    """A file's bytes; ``what`` names it in the :class:`ConfigError`. A device, which has no end, is refused."""
+    try:
+        if Path(path).is_char_device():
+            raise ConfigError(f"cannot read {what}{path}: a device is no image")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {what}{path}: {error.strerror}") from error
+    except ValueError as error:  # a path that cannot be
+        raise ConfigError(f"cannot read {what}{path!r}: {error}") from error
+
+
 def read_modules(text: str) -> tuple[Module, ...]:
     """Modules from files: ``"F args,G"``, as ``qemu-system-x86_64 -initrd`` takes them; ``,,`` is a comma."""
     modules = []
     for part in _PART.findall(text):
         string = part.replace(",,", ",").strip()
         path = string.split(" ", 1)[0]
-        try:
-            modules.append(Module(Path(path).read_bytes(), string))
-        except OSError as error:
-            raise ConfigError(f"cannot read module {path!r}: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"cannot read module {path!r}: {error}") from error
+        modules.append(Module(read_image(path, "module "), string))
     return tuple(modules)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from aiovm import guests
 from aiovm.devices.window import Window
 from aiovm.errors import ConfigError, InternalError, TimeoutExpired
-from aiovm.loaders import Module
+from aiovm.loaders import Module, read_image
 from aiovm.loaders.cpio import Archive
 from aiovm.locks.counters import read_counters
 from aiovm.locks.linux_result import LinuxLockReport, LinuxLockRow
@@ -152,10 +152,7 @@ class _Meter:
 def linux_measure(experiment: LinuxExperiment) -> LinuxMeasurement:
     """Boot one kernel and measure its loads."""
     e = experiment
-    try:
-        image = e.kernel.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read the kernel {e.kernel}: {error.strerror}") from error
+    image = read_image(e.kernel, "the kernel ")
     tracer, digest = Tracer(), HashSink()
 
     def begin() -> None:

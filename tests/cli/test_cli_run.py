@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from images import MIB, Load, elf
@@ -215,6 +216,21 @@ def test_bad_images(aiovm, image, data, says):
     assert re.search(says, one_line(lines))
 
 
+def test_a_device_is_no_image(aiovm):
+    status, out, lines = aiovm("run", "/dev/zero")
+    assert (status, out) == (2, "")
+    assert one_line(lines).endswith("cannot read /dev/zero: a device is no image")
+
+
+@pytest.mark.parametrize("option", ["--console=file:full", "--json=full"])
+def test_a_full_disk_is_one_line(aiovm, option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("full").symlink_to("/dev/full")
+    status, _, lines = aiovm("run", HELLO, option)
+    assert status == 2
+    assert re.search("cannot write.*: No space left on device", one_line(lines))
+
+
 # ---- bad options --------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +261,7 @@ def test_bad_images(aiovm, image, data, says):
         (["--trace", "trace.txt"], "ends in .pftrace, .json or .jsonl"),
         (["--trace", "/no/such/trace.jsonl"], "/no/such/trace.jsonl': No such file or directory"),
         (["--json", "/no/such/result"], "/no/such/result: No such directory"),
-        (["--initrd", "/no/such/module"], "cannot read module '/no/such/module': No such file or directory"),
+        (["--initrd", "/no/such/module"], "cannot read module /no/such/module: No such file or directory"),
         (["--frobnicate"], r"No such option: --frobnicate.*--help"),
         (["another"], "unexpected extra argument"),
     ],

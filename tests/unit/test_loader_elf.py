@@ -234,5 +234,5 @@ def test_modules_are_read_from_a_list_of_files(tmp_path):
 
 
 def test_a_module_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read module '.*/none'"):
+    with pytest.raises(ConfigError, match=r"cannot read module .*/none"):
         read_modules(f"{tmp_path}/none x")
