@@ -1,8 +1,8 @@
 """What an exit costs, by kind, beside QEMU TCG's cost of the same guest code, and as a multiple of a bare exit.
 
-A bare exit is CPUID's intercept with a handler that only steps over the instruction: what the engine itself costs. Each
-figure is the difference of a run with many rounds and a run with one, so that start-up cancels; CPU time where nobody
-sleeps, as machines are shared, else time.
+A bare exit is a CPUID that is answered by a constant: what the engine itself costs. Each figure is the difference of a
+run with many rounds and a run with one, so that start-up cancels; CPU time where nobody sleeps, as machines are shared,
+else time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from aiovm.engine.unicorn.layout import Env, Intercept
 from benchmarks.common import aiovm_seconds, best, qemu_seconds, show
 
 _ROUNDS = 200_000
@@ -88,13 +87,10 @@ def _peers(kind: _Kind) -> float | None:
 
 def _leave_bare(vm) -> None:
     """From the loop on, CPUID exits, and that is all."""
-    rip = Env.EIP >> 3
-
-    def handler(context, _number):
-        context.state.q[rip] += 2
+    answer = 0, 0, 0, 0
 
     def swap():
-        vm.engine.intercepts.table[0x100 + Intercept.CPUID] = (handler, vm.costs.exit_ns)
+        vm.vcpus[0].port.on_cpuid = lambda _leaf, _subleaf: answer
 
     vm.call_at(_IN_THE_LOOP, swap)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from aiovm import Vm, run, run_wall
 from aiovm.engine.unicorn.engine import UnicornEngine
 from aiovm.engine.unicorn.intercepts import Intercepts
-from aiovm.engine.unicorn.io import PortIo
 from aiovm.engine.unicorn.layout import Intercept
+from aiovm.port import VcpuPort
 from benchmarks.common import QEMU, interleaved, show
 
 if TYPE_CHECKING:
@@ -109,10 +109,15 @@ def counted(vcpus: int) -> tuple[Counter[str], Counter[str], Vm, float]:
         setattr(where, method, timed)
 
     watch(Intercepts, "on_interrupt", lambda _, number: intercept_name(number))
-    watch(PortIo, "on_in", lambda *args: f"IN {args[2]:#x}")
-    watch(PortIo, "on_out", lambda *args: f"OUT {args[2]:#x}")
+    watch(VcpuPort, "on_cpuid", lambda *_: "CPUID")
+    watch(VcpuPort, "on_rdmsr", lambda *_: "RDMSR")
+    watch(VcpuPort, "on_wrmsr", lambda *_: "WRMSR")
+    watch(VcpuPort, "on_in", lambda *args: f"IN {args[1]:#x}")
+    watch(VcpuPort, "on_out", lambda *args: f"OUT {args[1]:#x}")
     watch(UnicornEngine, "_on_syscall", lambda *_: "SYSCALL")
-    watch(UnicornEngine, "_mmio_store", lambda *_: "MMIO store")
+    watch(VcpuPort, "on_mmio_read", lambda *_: "MMIO load")
+    watch(VcpuPort, "on_mmio_write", lambda *_: "MMIO store")
+    watch(VcpuPort, "on_hypercall", lambda *_: "hypercall")
     watch(UnicornEngine, "run", lambda *_: "slices, exits apart")
     begin = time.perf_counter()
     vm = run(boot(vcpus))

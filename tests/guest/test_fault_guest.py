@@ -171,9 +171,10 @@ def as_manual(record):
         # INT1 is an instruction, a trap to vector 1 (vol. 2A, INT n); QEMU takes it for an invalid opcode.
         words[0] ^= (UD ^ DB) << 16
         words[4] += 1
-    elif at is not None and (record.vector in (WITH_ERROR | {DE, BR, UD, NM, MF}) - {DF} or record.mode == TASK):
-        # Faults push RF set (vol. 3B, 18.3.1.1); #DF is an abort and pushes it as it is. In the task that faults it is
-        # set here, from the image by which the case before was returned to: the core clears it at a block's end only.
+    elif (
+        at is not None and DF not in (record.vector, record.case) and record.vector in WITH_ERROR | {DE, BR, UD, NM, MF}
+    ):
+        # Faults push RF set (vol. 3B, 18.3.1.1); #DF is an abort and pushes it as it is.
         words[at] |= 0x1_0000
     if (record.mode, record.case) == (LONG, 0x24):
         # The error code of a vector beyond the IDT has the vector at bit 3 (6.13); QEMU scales it by the gate's size.

@@ -313,6 +313,33 @@ def test_wrmsr(make, refused):
     assert m.state.rip == (0x1000F if refused else 0x10012)
 
 
+def test_a_refused_wrmsr_may_have_changed_the_page_tables(make):
+    # mov eax, [0x200000]; wrmsr; mov eax, [0x200000]; hlt
+    m = make("a1 0000200000000000 0f30 a1 0000200000000000 f4")
+    m.memory.write_u(DATA, 4, 0x5A5A)
+    for at, value in ((0x5000, 0x6007), (0x6000, 0x7007), (0x7000, 0x87), (0x7008, 0x8007), (0x8000, DATA | 7)):
+        m.memory.write_u(at, 8, value)
+
+    def switch_tasks(_index, _value):
+        m.state.cr3 = 0x5000
+        m.state.rip += 2
+
+    m.port.msr = None
+    m.port.then["wrmsr"] = switch_tasks
+    assert m.run() == Hlt(False)
+    assert m.gpr[0] == 0x5A5A
+
+
+@pytest.mark.parametrize("instruction", ["0fa2", "0f32"])
+def test_an_answer_that_is_none_is_an_error(make, instruction):
+    m = make(instruction, "f4")
+    m.port.on_cpuid = lambda _leaf, _subleaf: (1, 2, 3)
+    m.port.on_rdmsr = lambda _index: "seven"
+    with pytest.raises((TypeError, ValueError)):
+        m.run()
+    assert m.state.rip == CODE
+
+
 def test_msrs_that_the_core_holds_are_read_without_an_exit_and_written_with_one(make):
     m = make("b9000100c0 0f32 0f30 f4")  # mov ecx, 0xc0000100 (FS.base); rdmsr; wrmsr; hlt
     m.context.write_msr(0xC000_0100, 0x7FFF_1234_5678)

@@ -1,7 +1,12 @@
 /* The block-budget hook: virtual time advances by the code bytes of each translated block, and the slice ends
  * before the block that would start at or after its limit. PAUSEs are counted here, so that a spinning vCPU
  * crosses into Python only when its pause-loop window closes. RDTSC and RDTSCP are answered here: guests that wait
- * or gather entropy execute millions of them; and CR3 is loaded here, which a kernel does at each process switch. Python holds the same rules; both stop at the same blocks.
+ * or gather entropy execute millions of them; and CR3 is loaded here, which a kernel does at each process switch.
+ * Python holds the same rules; both stop at the same blocks.
+ *
+ * What the guest's port (Python's) answers with numbers is only carried: the plain forms of CPUID, RDMSR, WRMSR and the
+ * hypercall, IN and OUT, and loads and stores where no memory is. Registers become arguments, and the answer goes back.
+ * Prefixed and single-stepped instructions Python decodes by itself.
  *
  * Also here, and without a twin because no guest can see it: data accesses fill the TLB without the right to execute
  * where a page holds no code. The core sends every store to a page that may be executed through its slow path.
@@ -37,9 +42,16 @@ typedef struct {
     volatile uint16_t *exit_pending; /* non-zero: the core leaves before this block */
     uint64_t *eip;           /* null on the public path: every exit goes to Python */
     uint32_t *hflags;
+    uint8_t *windows;        /* non-zero: an interrupt waits for the guest to take it */
     uint64_t *cs_base;
     int (*stop)(void *);
-    PyObject *interrupt;     /* called with the number; answers the exit and never raises */
+    const int64_t *costs;    /* of each interrupt number but PAUSE's, ns */
+    int64_t exit_cost;       /* of what has no number of its own: hypercalls, ports, device memory */
+    PyObject *interrupt;     /* called with the number; answers the exit */
+    PyObject *fail;          /* called with what Python raised; ends the slice */
+    PyObject *port_in, *port_out; /* PortIo's: IN and OUT of code that may need a permission */
+    PyObject *behind_io;     /* PortIo's: what is to be done behind an IN (0) or OUT (1) */
+    PyObject *port;          /* the running vCPU's GuestPort; null: no vCPU runs */
     int (*fetch)(void *, uint64_t, uint32_t, void *, size_t);
     uint64_t code;           /* the first bytes of the instruction that exits, as many as are mapped up to 4 */
     int (*translate)(void *, uint64_t, uint32_t, uint64_t *);
@@ -48,7 +60,6 @@ typedef struct {
     uint64_t *regs;          /* RAX, RCX, RDX; null: RDTSC goes to Python */
     uint64_t *eflags;
     uint64_t *tsc_aux;
-    int64_t rdtsc_cost;      /* ns */
     int64_t tsc_khz;         /* the machine's counter; 0: RDTSC goes to Python */
     int64_t tsc_epoch;       /* CLOCK_MONOTONIC when the machine's time was 0, ns; negative: time is cells[0] */
     uint64_t tsc_last;       /* what any CPU has seen of the machine's counter: nobody's is behind that */
@@ -59,20 +70,34 @@ typedef struct {
     void (*flush_tlb)(void *);
     uint64_t *cr3;
     int64_t cr3_width;       /* bits that CR3 has; 0: stores to it go to Python */
-    int64_t exit_cost;       /* ns */
     uint64_t *resume;        /* where a block clears RF: the flags, or nobody's word */
 } budget;
 
 /* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
 static _Thread_local budget *running;
 static tlb_filler *core_fill;
+/* GuestPort's methods. */
+enum question { ON_CPUID, ON_RDMSR, ON_WRMSR, ON_HYPERCALL, ON_IN, ON_OUT, ON_MMIO_READ, ON_MMIO_WRITE, QUESTIONS };
+static const char *const NAMES[QUESTIONS] = {
+    "on_cpuid", "on_rdmsr", "on_wrmsr", "on_hypercall", "on_in", "on_out", "on_mmio_read", "on_mmio_write",
+};
+static PyObject *questions[QUESTIONS];
+
+/* Addresses where no memory is. */
+typedef struct {
+    budget *budget;
+    uint64_t base;
+} device_range;
 
 typedef struct {
     uint64_t pc;
     uint16_t icount, size;
 } block;
 
-enum { CR3_WRITE = 0x113, UNDEFINED = 0x146, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
+enum { CR3_WRITE = 0x113, UNDEFINED = 0x146, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178,
+       MSR = 0x17c };
+/* FAULTED is no interrupt of the core's: a carried instruction has raised a fault. */
+enum { FAULTED = 0, EFER = 0xc0000080 };
 enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, RF = 1 << 16, EXECUTE = 4 };
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
@@ -117,14 +142,25 @@ static int64_t time_now(const budget *b)
     return b->cells[0];
 }
 
-/* The instruction was answered here: step over it, and stop when that took the slice's last time. */
+/* Whether the slice's time is over, or somebody ended it. */
+static bool over(const budget *b)
+{
+    return b->cells[0] >= b->cells[1];
+}
+
+static void settle(budget *b, void *uc)
+{
+    if (over(b))
+        b->stop(uc);
+}
+
+/* The instruction was answered here: step over it. */
 static void done(budget *b, void *uc, uint64_t length)
 {
     uint64_t next = *b->eip + length;
     *b->eip = *b->hflags & CS64 ? next : (uint32_t)next;
     *b->hflags &= ~(uint32_t)INHIBIT_IRQ;
-    if (b->cells[0] >= b->cells[1])
-        b->stop(uc);
+    settle(b, uc);
 }
 
 /* RDTSC or RDTSCP without prefixes, not single-stepped; whether that was it. */
@@ -140,7 +176,7 @@ static int answer_rdtsc(budget *b, void *uc)
         length = 3;
     else
         return 0;
-    b->cells[0] += b->rdtsc_cost;
+    b->cells[0] += b->costs[RDTSC];
     tsc = (uint64_t)((unsigned __int128)time_now(b) * (uint64_t)b->tsc_khz / 1000000);
     if (tsc < b->tsc_last)
         tsc = b->tsc_last;
@@ -173,29 +209,161 @@ static int answer_cr3(budget *b, void *uc)
     value = b->regs[(code >> 16 & 7) | high];
     if (value >> b->cr3_width)
         return 0;
-    b->cells[0] += b->exit_cost;
+    b->cells[0] += b->costs[CR3_WRITE];
     *b->cr3 = value;
     b->flush_tlb(b->cpu);
     done(b, uc, length);
     return 1;
 }
 
-/* Hand an exit to Python. The bytes of instructions that have one length, prefixes apart, come along. */
+/* Python raised: the engine keeps it. */
+static void failed(budget *b)
+{
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    if (trace)
+        PyException_SetTraceback(error, trace);
+    Py_XDECREF(PyObject_CallFunctionObjArgs(b->fail, error, NULL));
+    if (PyErr_Occurred())
+        PyErr_WriteUnraisable(b->fail);
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(trace);
+}
+
+/* Hand an exit to Python. */
+static void interrupt(budget *b, uint32_t number)
+{
+    PyObject *argument = PyLong_FromUnsignedLong(number), *result = NULL;
+    if (argument)
+        result = PyObject_CallFunctionObjArgs(b->interrupt, argument, NULL);
+    if (!result)
+        failed(b);
+    Py_XDECREF(result);
+    Py_XDECREF(argument);
+}
+
+/* What a method of the port says to some numbers; null: it raised. */
+static PyObject *ask(budget *b, enum question which, int count, uint64_t first, uint64_t second, uint64_t third)
+{
+    uint64_t values[3] = {first, second, third};
+    PyObject *numbers[3] = {NULL, NULL, NULL}, *answer = NULL;
+    int made = 0;
+    while (made < count && (numbers[made] = PyLong_FromUnsignedLongLong(values[made])))
+        made++;
+    if (made == count)
+        answer = PyObject_CallMethodObjArgs(b->port, questions[which], numbers[0], numbers[1], numbers[2], NULL);
+    while (made--)
+        Py_DECREF(numbers[made]);
+    if (!answer)
+        failed(b);
+    return answer;
+}
+
+/* An answer as a number, whether it is one. */
+static bool number_of(budget *b, PyObject *answer, uint64_t *value)
+{
+    *value = 0;
+    if (!answer)
+        return false;
+    *value = PyLong_AsUnsignedLongLongMask(answer);
+    Py_DECREF(answer);
+    if (!PyErr_Occurred())
+        return true;
+    failed(b);
+    *value = 0;
+    return false;
+}
+
+static bool carry_cpuid(budget *b)
+{
+    PyObject *answer = ask(b, ON_CPUID, 2, (uint32_t)b->regs[0], (uint32_t)b->regs[1], 0);
+    unsigned long long eax, ebx, ecx, edx;
+    bool good = answer && PyArg_ParseTuple(answer, "KKKK", &eax, &ebx, &ecx, &edx);
+    if (good)
+        b->regs[0] = eax, b->regs[1] = ecx, b->regs[2] = edx, b->regs[3] = ebx;
+    else if (answer)
+        failed(b);
+    Py_XDECREF(answer);
+    return good;
+}
+
+static bool carry_rdmsr(budget *b)
+{
+    PyObject *answer = ask(b, ON_RDMSR, 1, (uint32_t)b->regs[1], 0, 0);
+    uint64_t value;
+    if (answer == Py_None) { /* a fault */
+        Py_DECREF(answer);
+        return false;
+    }
+    if (!number_of(b, answer, &value))
+        return false;
+    b->regs[0] = (uint32_t)value;
+    b->regs[2] = value >> 32;
+    return true;
+}
+
+static bool carry_wrmsr(budget *b)
+{
+    PyObject *answer = ask(b, ON_WRMSR, 2, (uint32_t)b->regs[1], b->regs[2] << 32 | (uint32_t)b->regs[0], 0);
+    Py_XDECREF(answer);
+    return answer == Py_True;
+}
+
+static bool carry_hypercall(budget *b)
+{
+    PyObject *answer = ask(b, ON_HYPERCALL, 0, 0, 0, 0);
+    Py_XDECREF(answer);
+    return answer != NULL;
+}
+
+/* CPUID, RDMSR, WRMSR, VMCALL and VMMCALL without prefixes, not single-stepped; whether that was it. */
+static bool carry(budget *b, void *uc, uint32_t number)
+{
+    PyGILState_STATE state;
+    bool (*how)(budget *), answered;
+    uint32_t code = b->code & 0xffffff, low = code & 0xffff, msr = (uint32_t)b->regs[1];
+    if (*b->eflags & TF)
+        return false;
+    if (number == CPUID && low == 0xa20f)
+        how = carry_cpuid;
+    else if (number == MSR && low == 0x320f && msr != EFER)
+        how = carry_rdmsr;
+    else if (number == MSR && low == 0x300f && msr != EFER) /* which changes more than a register */
+        how = carry_wrmsr;
+    else if (number == UNDEFINED && (code == 0xc1010f || code == 0xd9010f))
+        how = carry_hypercall;
+    else
+        return false;
+    b->cells[0] += b->exit_cost;
+    state = PyGILState_Ensure();
+    answered = how(b);
+    if (!answered)
+        interrupt(b, FAULTED);
+    PyGILState_Release(state);
+    if (answered)
+        done(b, uc, how == carry_hypercall ? 3 : 2);
+    else
+        settle(b, uc);
+    return true;
+}
+
+/* An exit for Python. The bytes of instructions that have one length, prefixes apart, come along. */
 static void report(budget *b, void *uc, uint32_t number)
 {
     PyGILState_STATE state;
-    PyObject *argument, *result;
     b->code = 0;
-    if (b->eip && (number == CPUID || number == MSR || number == RDTSC || number == HLT || number == UNDEFINED))
+    if (b->eip && (number == CPUID || number == MSR || number == RDTSC || number == HLT || number == UNDEFINED)) {
         fetch_code(b, uc);
+        if (carry(b, uc, number))
+            return;
+    }
+    b->cells[0] += b->costs[number];
     state = PyGILState_Ensure();
-    argument = PyLong_FromUnsignedLong(number);
-    result = argument ? PyObject_CallFunctionObjArgs(b->interrupt, argument, NULL) : NULL;
-    if (!result)
-        PyErr_WriteUnraisable(b->interrupt);
-    Py_XDECREF(result);
-    Py_XDECREF(argument);
+    interrupt(b, number);
     PyGILState_Release(state);
+    settle(b, uc);
 }
 
 static void on_interrupt(void *uc, uint32_t number, void *data)
@@ -222,6 +390,87 @@ static void on_interrupt(void *uc, uint32_t number, void *data)
     if (number == CR3_WRITE && b->cr3_width && answer_cr3(b, uc))
         return;
     report(b, uc, number);
+}
+
+/* The instruction's end is another than the core's: the slice ends behind it, or an interrupt comes there. */
+static void behind_io(budget *b, uint32_t port, int is_out)
+{
+    PyObject *result = PyObject_CallFunction(b->behind_io, "Ii", port, is_out);
+    if (!result)
+        failed(b);
+    Py_XDECREF(result);
+}
+
+static uint64_t cut(uint64_t value, unsigned size)
+{
+    return size < 8 ? value & (((uint64_t)1 << 8 * size) - 1) : value;
+}
+
+/* IN, and each element of INS. Code that is not at CPL 0 needs a permission. */
+static uint32_t on_in(void *uc, uint32_t port, int size, void *data)
+{
+    budget *b = data;
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyObject *answer;
+    uint64_t value;
+    (void)uc;
+    b->cells[0] += b->exit_cost;
+    if (*b->hflags & CPL) {
+        answer = PyObject_CallFunction(b->port_in, "Ii", port, size);
+        if (!answer)
+            failed(b);
+        number_of(b, answer, &value);
+    } else {
+        number_of(b, ask(b, ON_IN, 2, port, size, 0), &value);
+        if (over(b))
+            behind_io(b, port, 0);
+    }
+    PyGILState_Release(state);
+    return (uint32_t)cut(value, size);
+}
+
+static void on_out(void *uc, uint32_t port, int size, uint32_t value, void *data)
+{
+    budget *b = data;
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyObject *answer;
+    (void)uc;
+    b->cells[0] += b->exit_cost;
+    if (*b->hflags & CPL) {
+        answer = PyObject_CallFunction(b->port_out, "IiI", port, size, value);
+        if (!answer)
+            failed(b);
+    } else {
+        answer = ask(b, ON_OUT, 3, port, size, cut(value, size));
+        if (over(b) || *b->windows)
+            behind_io(b, port, 1);
+    }
+    Py_XDECREF(answer);
+    PyGILState_Release(state);
+}
+
+static uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size, void *data)
+{
+    device_range *range = data;
+    budget *b = range->budget;
+    PyGILState_STATE state = PyGILState_Ensure();
+    uint64_t value;
+    (void)uc;
+    b->cells[0] += b->exit_cost;
+    number_of(b, ask(b, ON_MMIO_READ, 2, range->base + offset, size, 0), &value);
+    PyGILState_Release(state);
+    return cut(value, size);
+}
+
+static void on_mmio_write(void *uc, uint64_t offset, unsigned size, uint64_t value, void *data)
+{
+    device_range *range = data;
+    budget *b = range->budget;
+    PyGILState_STATE state = PyGILState_Ensure();
+    (void)uc;
+    b->cells[0] += b->exit_cost;
+    Py_XDECREF(ask(b, ON_MMIO_WRITE, 3, range->base + offset, size, cut(value, size)));
+    PyGILState_Release(state);
 }
 
 static void mark(budget *b, void *uc, uint64_t linear)
@@ -288,22 +537,24 @@ static int enter(budget *b, void *uc, uint64_t rip, size_t count)
     return error;
 }
 
+#define ADDRESS(function) (unsigned long long)(uintptr_t)(function)
+
 static PyObject *addresses(PyObject *self, PyObject *fill)
 {
     (void)self;
     core_fill = (tlb_filler *)(uintptr_t)PyLong_AsUnsignedLongLong(fill);
     if (PyErr_Occurred())
         return NULL;
-    return Py_BuildValue("(KKKKKn)", (unsigned long long)(uintptr_t)on_block,
-                         (unsigned long long)(uintptr_t)on_interrupt, (unsigned long long)(uintptr_t)on_translate,
-                         (unsigned long long)(uintptr_t)on_fill, (unsigned long long)(uintptr_t)enter,
+    return Py_BuildValue("(KKKKKKKKKn)", ADDRESS(on_block), ADDRESS(on_interrupt), ADDRESS(on_translate), ADDRESS(on_fill),
+                         ADDRESS(enter), ADDRESS(on_in), ADDRESS(on_out), ADDRESS(on_mmio_read), ADDRESS(on_mmio_write),
                          (Py_ssize_t)sizeof(budget));
 }
 
 static PyMethodDef methods[] = {
     {"addresses", addresses, METH_O,
-     "With the address of the core's page walk: the addresses of the three hooks (block, interrupt, translation), of the "
-     "page walk's cover and of the slice's entry, and the size of the structure they share."},
+     "With the address of the core's page walk: the addresses of the hooks (block, interrupt, translation), of the page "
+     "walk's cover, of the slice's entry, of the hooks of IN and OUT and of loads and stores where no memory is, and the "
+     "size of the structure they share."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -313,5 +564,8 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__budget(void)
 {
+    for (int i = 0; i < QUESTIONS; i++)
+        if (!(questions[i] = PyUnicode_InternFromString(NAMES[i])))
+            return NULL;
     return PyModule_Create(&module);
 }

@@ -11,6 +11,11 @@ Rules (both hooks follow them; tests compare them):
   would (:mod:`aiovm.tsc`); forms with prefixes and single steps go to Python.
 * The C hook loads CR3 by itself, too, when it was told how wide that is (:meth:`Budget.serve_cr3`), and 64-bit code
   stores a value that is no wider. Wider ones, other modes and single steps go to Python.
+* The C hooks carry CPUID, RDMSR, WRMSR, hypercalls, IN, OUT, and loads and stores where no memory is, to the running
+  vCPU's port and the answers back, as :mod:`~aiovm.engine.unicorn.intercepts`, :mod:`~aiovm.engine.unicorn.io` and the
+  engine do where there is no C; forms with prefixes, single steps, EFER and I/O outside CPL 0 go there.
+* A slice whose time is over, or that somebody ended, stops at the end of an exit: faults on faults may never reach a
+  block.
 * A PAUSE costs ``pause_cost`` and is stepped over. At CPL 0, PAUSEs closer than ``ple_gap`` (end of one to start of the
   next) belong to one loop; when a loop has lasted longer than ``ple_window`` the pause-loop exit is reported and a
   new loop begins (SDM vol. 3C, 25.1.3).
@@ -29,7 +34,7 @@ import ctypes
 import sys
 from ctypes import c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiovm.engine.unicorn import lib
 from aiovm.engine.unicorn.layout import (
@@ -50,12 +55,14 @@ from aiovm.memory import PAGE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiovm.engine.base import GuestPort
+
 try:
     from aiovm.engine.unicorn import _budget  # type: ignore[attr-defined,unused-ignore]
 except ImportError:  # no compiler when the package was installed
     _budget = None
 
-__all__ = ["NATIVE", "Budget", "BudgetStruct"]
+__all__ = ["FAULTED", "INTERRUPTS", "NATIVE", "Budget", "BudgetStruct", "DeviceRange", "Handlers"]
 
 NATIVE: Final[bool] = _budget is not None
 
@@ -64,6 +71,9 @@ _KNOWS_MONOTONIC: Final = sys.platform == "linux"
 
 _RF: Final = 1 << 16
 PAUSE: Final = 0x100 + Intercept.PAUSE
+#: The core's interrupt numbers are below; 0, which it does not use, is a fault that a carried instruction has raised.
+INTERRUPTS: Final = 0x200
+FAULTED: Final = 0
 
 
 class BudgetStruct(ctypes.Structure):
@@ -83,9 +93,17 @@ class BudgetStruct(ctypes.Structure):
         ("exit_pending", c_void_p),
         ("eip", c_void_p),
         ("hflags", c_void_p),
+        ("windows", c_void_p),
         ("cs_base", c_void_p),
         ("stop", c_void_p),
+        ("costs", c_void_p),
+        ("exit_cost", c_int64),
         ("interrupt", ctypes.py_object),
+        ("fail", ctypes.py_object),
+        ("port_in", ctypes.py_object),
+        ("port_out", ctypes.py_object),
+        ("behind_io", ctypes.py_object),
+        ("port", ctypes.py_object),
         ("fetch", c_void_p),
         ("code", c_uint64),
         ("translate", c_void_p),
@@ -94,7 +112,6 @@ class BudgetStruct(ctypes.Structure):
         ("regs", c_void_p),
         ("eflags", c_void_p),
         ("tsc_aux", c_void_p),
-        ("rdtsc_cost", c_int64),
         ("tsc_khz", c_int64),
         ("tsc_epoch", c_int64),
         ("tsc_last", c_uint64),
@@ -106,7 +123,6 @@ class BudgetStruct(ctypes.Structure):
         ("flush_tlb", c_void_p),
         ("cr3", c_void_p),
         ("cr3_width", c_int64),
-        ("exit_cost", c_int64),
         ("resume", c_void_p),
     )
     if TYPE_CHECKING:
@@ -120,7 +136,6 @@ class BudgetStruct(ctypes.Structure):
         ple_first: int
         ple_last: int
         code: int
-        rdtsc_cost: int
         tsc_khz: int
         tsc_epoch: int
         tsc_last: int
@@ -128,6 +143,7 @@ class BudgetStruct(ctypes.Structure):
         tsc_offset: int
         cr3_width: int
         exit_cost: int
+        port: GuestPort
 
 
 class _TlbTable(ctypes.Structure):
@@ -139,18 +155,38 @@ class _TlbTable(ctypes.Structure):
         entries: int
 
 
+class DeviceRange(ctypes.Structure):
+    """For the C hooks of loads and stores where no memory is: the budget, by its address, and the first address."""
+
+    _fields_ = (("budget", c_void_p), ("base", c_uint64))
+
+
 class _Block(ctypes.Structure):
     """``uc_tb``."""
 
     _fields_ = (("pc", ctypes.c_uint64), ("icount", ctypes.c_uint16), ("size", ctypes.c_uint16))
 
 
-class Budget:
-    """One engine's budget. ``native`` chooses the C hook; ``interrupt`` is Python's exit handler.
+class Handlers(NamedTuple):
+    """What the hooks call in Python."""
 
-    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending`` and ``env`` are addresses inside the
-    core: its pending exit and its CPU state (0 on the public path, where exits always go to Python). ``memory_end``:
-    the first address above RAM.
+    #: An exit, by its number.
+    interrupt: Callable[[int], None]
+    #: What Python raised.
+    fail: Callable[[BaseException], None]
+    #: IN (port, size) and OUT (port, size, value) of code that is not at CPL 0.
+    port_in: Callable[[int, int], int]
+    port_out: Callable[[int, int, int], None]
+    #: IN (port, False) or OUT (port, True) was answered, and the slice is over or an interrupt waits.
+    behind_io: Callable[[int, bool], None]
+
+
+class Budget:
+    """One engine's budget. ``native`` chooses the C hook.
+
+    ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``windows`` and ``env`` are
+    addresses inside the core: its pending exit, the interrupts that wait, its CPU state (all 0 on the public path,
+    where exits always go to Python). ``memory_end``: the first address above RAM.
     """
 
     def __init__(
@@ -158,8 +194,9 @@ class Budget:
         cells: memoryview,
         *,
         native: bool,
-        interrupt: Callable[[int], None],
+        handlers: Handlers,
         pending: int,
+        windows: int,
         env: int,
         memory_end: int,
     ) -> None:
@@ -179,9 +216,13 @@ class Budget:
             s.regs = env
             s.eflags = env + Env.EFLAGS
             s.tsc_aux = env + MSRS[_TSC_AUX]
+            s.windows = windows
             s.cr3 = env + Env.CR + 24
         self.clear_resume(True)
         s.tsc_epoch = -1
+        #: What an interrupt number costs, ns; PAUSE has a price of its own.
+        self.costs = (c_int64 * INTERRUPTS)()
+        s.costs = ctypes.addressof(self.costs)
         s.stop = lib.address_of(lib.uc_emu_stop)
         s.ple_window = -1
         #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`.
@@ -189,7 +230,10 @@ class Budget:
         self.cover(memory_end)
         s.translate = lib.address_of(lib.uc_vmem_translate)
         s.fetch = lib.address_of(lib.uc_vmem_read)
-        self._python = s.interrupt = interrupt
+        self._handlers = handlers
+        s.interrupt, s.fail, s.port_in, s.port_out, s.behind_io = handlers
+        #: C functions for IN and OUT, and for loads and stores where no memory is; 0: Python's are called.
+        self.on_in = self.on_out = self.on_mmio_read = self.on_mmio_write = 0
         self.address = ctypes.addressof(s)
         if native:
             if _budget is None:
@@ -200,9 +244,12 @@ class Budget:
                 )
             s.start = lib.address_of(lib.uc_emu_start)
             fill = lib.internal("x86_cpu_tlb_fill_x86_64")
-            hooks = _budget.addresses(fill)
-            self.on_block, self.on_interrupt, self.on_translate, self._on_fill, self._enter, size = hooks
+            *hooks, size = _budget.addresses(fill)
             assert size == ctypes.sizeof(BudgetStruct)
+            self.on_block, self.on_interrupt, self.on_translate, self._on_fill, self._enter = hooks[:5]
+            if env:
+                self.on_in, self.on_out = hooks[5:7]
+            self.on_mmio_read, self.on_mmio_write = hooks[7:]
         else:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
             self._eip = ctypes.c_uint64.from_address(env + Env.EIP) if env else None
@@ -222,8 +269,8 @@ class Budget:
         start = lib.uc_emu_start if release_gil else lib.uc_emu_start_holding
         return lambda rip, count: start(uc, rip, 0, 0, count)
 
-    def serve_tsc(self, khz: int, cost: int, epoch: int | None) -> None:
-        """The machine's counter runs at ``khz``; an RDTSC costs ``cost`` ns.
+    def serve_tsc(self, khz: int, epoch: int | None) -> None:
+        """The machine's counter runs at ``khz``.
 
         ``epoch``: on the wall clock, ``time.monotonic_ns()`` at the machine's time 0; else time is ``cells[0]``. Only
         where the C hook knows that clock; elsewhere Python goes on answering.
@@ -231,7 +278,6 @@ class Budget:
         s = self.struct
         if s.regs and (epoch is None or _KNOWS_MONOTONIC):
             s.tsc_khz = khz
-            s.rdtsc_cost = cost
             s.tsc_epoch = -1 if epoch is None else epoch
 
     def clear_resume(self, wanted: bool) -> None:
@@ -239,11 +285,10 @@ class Budget:
         self._resume = self._flags if wanted else self._no_flags
         self.struct.resume = ctypes.addressof(self._resume)
 
-    def serve_cr3(self, width: int, cost: int) -> None:
-        """CR3 has so many bits, and loading it costs ``cost`` ns. After :meth:`spare_stores` has found the TLB."""
+    def serve_cr3(self, width: int) -> None:
+        """CR3 has so many bits. After :meth:`spare_stores` has found the TLB."""
         if self.struct.cpu:
             self.struct.cr3_width = width
-            self.struct.exit_cost = cost
 
     def cover(self, memory_end: int) -> None:
         """Watch for code up to ``memory_end``. Until :meth:`forget_code` any page may hold some."""
@@ -308,7 +353,14 @@ class Budget:
             self._hflags.value = flags & ~Hf.INHIBIT_IRQ
             if not self.pause(flags & Hf.CPL):
                 return
-        self._python(number)
+        cells = self.cells
+        cells[0] += self.costs[number]
+        try:
+            self._handlers.interrupt(number)
+        except BaseException as error:
+            self._handlers.fail(error)
+        if cells[0] >= cells[1]:
+            lib.uc_emu_stop(uc)
 
     def pause(self, cpl: int) -> bool:
         """Charge one PAUSE at ``cpl``; whether the pause-loop window closed. The core has not moved RIP for it."""

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import ContextState, Reg, Seg, Segment
 from aiovm.engine.unicorn import lib
-from aiovm.engine.unicorn.budget import NATIVE, Budget
+from aiovm.engine.unicorn.budget import NATIVE, Budget, DeviceRange, Handlers
 from aiovm.engine.unicorn.claims import READ_REFUSED, Claims
 from aiovm.engine.unicorn.fpu import read_fpu, write_fpu
-from aiovm.engine.unicorn.intercepts import Intercepts
+from aiovm.engine.unicorn.intercepts import Intercepts, interrupt_costs
 from aiovm.engine.unicorn.io import PortIo
 from aiovm.engine.unicorn.layout import (
     CONTEXT_PAYLOAD,
@@ -107,8 +107,9 @@ class UnicornContext:
         self.port = port
         self.buffer = bytearray(engine.template)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
-        self._state = EnvState(self._read_flags)
-        self._state.bind(memoryview(self.buffer))
+        #: The registers, wherever they are.
+        self.state = EnvState(self._read_flags)
+        self.state.bind(memoryview(self.buffer))
         self.window = False
         self.nmi_window = False
         #: Stop after each instruction: see :meth:`aiovm.engine.base.GuestPort.on_step`.
@@ -126,22 +127,17 @@ class UnicornContext:
         self.reset(init=False)
 
     @property
-    def state(self) -> EnvState:
-        """The registers, wherever they are."""
-        return self._state
-
-    @property
     def is_loaded(self) -> bool:
         return self.engine.current is self
 
     def bind(self, where: memoryview) -> None:
         """The engine moved the registers."""
-        self._state.bind(where)
+        self.state.bind(where)
 
     @property
     def linear_rip(self) -> int:
         """RIP with CS's base."""
-        state = self._state
+        state = self.state
         rip: int = state.q[_EIP]
         return rip if state.d[_HFLAGS] & Hf.CS64 else rip + state.q[Env.SEGS + 24 + 8 >> 3] & _M32
 
@@ -154,7 +150,7 @@ class UnicornContext:
 
         INIT keeps the FPU, SSE state and the MSRs; CR0 keeps CD and NW.
         """
-        s = self._state
+        s = self.state
         cr0 = s.cr0
         if not init:
             if self.engine.current is self:
@@ -211,30 +207,30 @@ class UnicornContext:
         return self.engine.io.ins_address
 
     def flush_tlb(self) -> None:
-        self._state.paging_changed = True
+        self.state.paging_changed = True
 
     def read_msr(self, index: int) -> int:
         """An MSR that the core holds (one of the SYSCALL, base, SYSENTER, EFER or PAT registers)."""
         if index == EFER_MSR:
-            return self._state.efer
-        value: int = self._state.q[MSRS[index] >> 3]
+            return self.state.efer
+        value: int = self.state.q[MSRS[index] >> 3]
         return value & _M32 if index in _NARROW else value
 
     def write_msr(self, index: int, value: int) -> None:
         """Store an MSR that the core holds; the caller has checked the value."""
         if index == EFER_MSR:
-            self._state.efer = value
+            self.state.efer = value
         elif index in _NARROW:
-            self._state.d[MSRS[index] >> 2] = value & _M32
+            self.state.d[MSRS[index] >> 2] = value & _M32
         else:
-            self._state.q[MSRS[index] >> 3] = value
+            self.state.q[MSRS[index] >> 3] = value
 
     def save(self) -> ContextState:
         """A copy. Whoever runs next begins without translations, of code or of addresses, as after :meth:`restore`."""
         if self.engine.current is self:
             self.engine.unload()
         self.engine.forget_translations()
-        state = self._state
+        state = self.state
         state.paging_changed = True
         return ContextState(
             bytes(self.buffer), state.flags_changed, self.carried, self.window, self.nmi_window, self.ple_window
@@ -247,8 +243,8 @@ class UnicornContext:
         if self.engine.current is self:
             self.engine.unload()
         self.buffer[:] = state.registers
-        self._state.flags_changed = state.flags_changed
-        self._state.paging_changed = True
+        self.state.flags_changed = state.flags_changed
+        self.state.paging_changed = True
         self.carried = state.carried
         self.window, self.nmi_window, self.ple_window = state.window, state.nmi_window, state.ple_window
 
@@ -296,8 +292,6 @@ class UnicornEngine:
         self.closed = False
         self._exit: Exit | None = None
         self._failure: BaseException | None = None
-        #: The core's interrupt hook runs: the slice can be stopped at once.
-        self.in_interrupt = False
         #: This slice goes instruction by instruction.
         self.stepping = False
         self._kicked = False
@@ -317,11 +311,17 @@ class UnicornEngine:
         self.budget = Budget(
             cells,
             native=self.native,
-            interrupt=self.intercepts.on_interrupt,
+            handlers=Handlers(
+                self.intercepts.on_interrupt, self.fail, self.io.port_in, self.io.port_out, self.io.behind_io
+            ),
             pending=self._pending_at,
+            windows=ctypes.addressof(self._virq) if self.pointers else 0,
             env=self._env if self.pointers else 0,
             memory_end=max((slot.end for slot in memory.map.slots), default=0),
         )
+        for number, cost in interrupt_costs(costs).items():
+            self.budget.costs[number] = cost
+        self.budget.struct.exit_cost = costs.exit_ns
         self.budget.struct.rate = costs.code_rate
         self.budget.struct.pause_cost = costs.pause_ns
         self.budget.struct.ple_gap = PLE_GAP_CYCLES * 1_000_000 // costs.tsc_khz
@@ -412,8 +412,10 @@ class UnicornEngine:
         add(c.UC_HOOK_BLOCK, self.budget.on_block)
         add(c.UC_HOOK_EDGE_GENERATED, self.budget.on_translate)
         add(c.UC_HOOK_INTR, self.budget.on_interrupt)
-        add(c.UC_HOOK_INSN, keep(lib.HOOK_IN_T(self.io.on_in)), ctypes.c_int(x86.UC_X86_INS_IN))
-        add(c.UC_HOOK_INSN, keep(lib.HOOK_OUT_T(self.io.on_out)), ctypes.c_int(x86.UC_X86_INS_OUT))
+        on_in = self.budget.on_in or keep(lib.HOOK_IN_T(self.io.on_in))
+        on_out = self.budget.on_out or keep(lib.HOOK_OUT_T(self.io.on_out))
+        add(c.UC_HOOK_INSN, on_in, ctypes.c_int(x86.UC_X86_INS_IN))
+        add(c.UC_HOOK_INSN, on_out, ctypes.c_int(x86.UC_X86_INS_OUT))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_syscall)), ctypes.c_int(x86.UC_X86_INS_SYSCALL))
         add(c.UC_HOOK_INSN, keep(lib.HOOK_SYSCALL_T(self._on_sysenter)), ctypes.c_int(x86.UC_X86_INS_SYSENTER))
 
@@ -439,23 +441,27 @@ class UnicornEngine:
             lib.check(lib.uc_mem_unmap(self._uc, low, high - low), f"unmap {low:#x}")
             del self._mapped[low, high, address, rights]
         for low, high, address, rights in [r for r in wanted if r not in self._mapped]:
-            callbacks: tuple[object, ...] = ()
+            keep: tuple[object, ...] = ()
             if address:
                 error = lib.uc_mem_map_ptr(self._uc, low, high - low, 7, address)
                 if rights != 7:
                     # What is mapped read-only from the start the core reports stores to, and then makes them.
                     error = error or lib.uc_mem_protect(self._uc, low, high - low, rights)
             else:
+                device = DeviceRange(self.budget.address, low)
                 reader = self.claims.reader(low) if rights == _STORES_ONLY else self._mmio_read(low)
-                read, write = lib.MMIO_READ_T(reader), lib.MMIO_WRITE_T(self._mmio_write(low))
-                callbacks = read, write
-                error = lib.uc_mmio_map(
-                    self._uc, low, high - low, lib.address_of(read), None, lib.address_of(write), None
-                )
+                twins = lib.MMIO_READ_T(reader), lib.MMIO_WRITE_T(self._mmio_write(low))
+                read, write = (lib.address_of(twin) for twin in twins)
+                if rights != _STORES_ONLY:
+                    read = self.budget.on_mmio_read or read
+                write = self.budget.on_mmio_write or write
+                at = ctypes.addressof(device)
+                keep = device, *twins
+                error = lib.uc_mmio_map(self._uc, low, high - low, read, at, write, at)
                 if rights == _STORES_ONLY:
                     error = error or lib.uc_mem_protect(self._uc, low, high - low, rights)
             lib.check(error, f"map {low:#x}+{high - low:#x}")
-            self._mapped[low, high, address, rights] = callbacks
+            self._mapped[low, high, address, rights] = keep
         if any(slot.flags & SlotFlags.READONLY for slot in new.slots):
             self._watch_rom()
         self.budget.cover(max((slot.end for slot in new.slots), default=0))
@@ -529,6 +535,7 @@ class UnicornEngine:
         s = self.budget.struct
         s.frac, s.ple_first, s.ple_last = context.carried
         s.ple_window = context.ple_window
+        s.port = context.port
         self.load_tsc(context)
         if not self.pointers:
             lib.check(lib.uc_context_restore(self._uc, self._context), "restore")
@@ -555,11 +562,11 @@ class UnicornEngine:
 
     def serve_tsc(self, khz: int, epoch: int | None) -> None:
         """Answer RDTSC without asking the port where that is possible: see :meth:`Budget.serve_tsc`."""
-        self.budget.serve_tsc(khz, self.costs.rdtsc_ns, epoch)
+        self.budget.serve_tsc(khz, epoch)
 
     def serve_cr3(self, width: int) -> None:
         """Load CR3 without asking the port where that is possible: see :meth:`Budget.serve_cr3`."""
-        self.budget.serve_cr3(width, self.costs.exit_ns)
+        self.budget.serve_cr3(width)
 
     def forget_translations(self) -> None:
         """The next slice translates all code anew."""
@@ -817,10 +824,7 @@ class UnicornEngine:
         self._exit = exit_
         if self.current is not None:
             self.apply_windows(self.current)
-        if self.in_interrupt:
-            self.stop()
-        else:
-            self.cells[1] = _STOP_NOW
+        self.cells[1] = _STOP_NOW
 
     def stop(self) -> None:
         """From the interrupt hook: no more of the guest's code runs in this slice."""
@@ -830,8 +834,6 @@ class UnicornEngine:
         """A Python error in a hook: the slice ends, and :meth:`run` raises it."""
         self._failure = self._failure or error
         self.cells[1] = _STOP_NOW
-        if self.in_interrupt:
-            self.stop()
 
     def close(self) -> None:
         """Free the core. The contexts must not be used any more."""

@@ -6,7 +6,6 @@ Rules:
   prefixes included; when the port answered with a fault, RIP stays where the port put it.
 * The single-step trap (RFLAGS.TF) follows an instruction that was answered here, as it follows the core's own.
 * Control and debug registers are written by the port alone; the TLB is flushed before the guest goes on.
-* A slice whose time is over ends here too: faults on faults may never reach a block.
 
 Not modelled: the trap of a single step over an instruction that leaves to the host.
 """
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from aiovm.engine.unicorn.budget import FAULTED, INTERRUPTS
 from aiovm.engine.unicorn.decode import Instruction, decode, effective_address
 from aiovm.engine.unicorn.layout import Env, Hf, Intercept
 from aiovm.errors import EngineError
@@ -26,10 +26,11 @@ from aiovm.page_walk import PageFault, PagingRegs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiovm.costs import Costs
     from aiovm.engine.unicorn.engine import UnicornContext, UnicornEngine
     from aiovm.engine.unicorn.state import EnvState
 
-__all__ = ["Intercepts"]
+__all__ = ["Intercepts", "interrupt_costs"]
 
 _EIP: Final = Env.EIP >> 3
 _EFLAGS: Final = Env.EFLAGS >> 3
@@ -45,39 +46,37 @@ _PLAIN_CALLS: Final = frozenset({0xC1_010F, 0xD9_010F})
 
 
 class Intercepts:
-    """The handlers of one engine; ``table`` says who answers an interrupt number, and what that costs."""
+    """The handlers of one engine; ``table`` says who answers an interrupt number."""
 
     def __init__(self, engine: UnicornEngine) -> None:
         self._engine = engine
-        costs = engine.costs
-        # KVM itself intercepts neither exceptions nor RDTSC.
-        leaving: dict[int, Callable[[UnicornContext, int], None]] = {
+        table: dict[int, Callable[[UnicornContext, int], None]] = dict.fromkeys(range(INTERRUPTS), self._unexpected)
+        table[FAULTED] = self._settle
+        exits: dict[int, Callable[[UnicornContext, int], None]] = {
             Intercept.CPUID: self._cpuid,
             Intercept.MSR: self._msr,
             Intercept.HLT: self._hlt,
             Intercept.RDPMC: self._rdpmc,
             Intercept.RSM: self._rsm,
             Intercept.TR_WRITE: self._load_tr,
-        }
-        leaving.update(dict.fromkeys(range(Intercept.CR0_READ, Intercept.CR0_READ + 16), self._cr_read))
-        leaving.update(dict.fromkeys(range(Intercept.CR0_WRITE, Intercept.CR0_WRITE + 16), self._cr_write))
-        leaving.update(dict.fromkeys(range(Intercept.DR0_READ, Intercept.DR0_READ + 16), self._dr_read))
-        leaving.update(dict.fromkeys(range(Intercept.DR0_WRITE, Intercept.DR0_WRITE + 16), self._dr_write))
-        own: dict[int, Callable[[UnicornContext, int], None]] = {
             Intercept.PAUSE: self._pause,
             Intercept.VINTR: self._irq_window,
             Intercept.NMI: self._nmi_window,
             Intercept.SWINT: self._soft_interrupt,
+            Intercept.RDTSC: self._rdtsc,
+            Intercept.RDTSCP: self._rdtsc,
         }
-        own.update(dict.fromkeys(range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), self._exception))
-        own[Intercept.EXCEPTION + 6] = self._undefined
-        table: dict[int, tuple[Callable[[UnicornContext, int], None], int]]
-        table = dict.fromkeys(range(0x200), (self._unexpected, 0))
-        table.update({0x100 + code: (handler, costs.exit_ns) for code, handler in leaving.items()})
-        table.update({0x100 + code: (handler, 0) for code, handler in own.items()})
-        for code in (Intercept.RDTSC, Intercept.RDTSCP):
-            table[0x100 + code] = (self._rdtsc, costs.rdtsc_ns)
+        exits.update(dict.fromkeys(range(Intercept.CR0_READ, Intercept.CR0_READ + 16), self._cr_read))
+        exits.update(dict.fromkeys(range(Intercept.CR0_WRITE, Intercept.CR0_WRITE + 16), self._cr_write))
+        exits.update(dict.fromkeys(range(Intercept.DR0_READ, Intercept.DR0_READ + 16), self._dr_read))
+        exits.update(dict.fromkeys(range(Intercept.DR0_WRITE, Intercept.DR0_WRITE + 16), self._dr_write))
+        exits.update(dict.fromkeys(range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), self._exception))
+        exits[Intercept.EXCEPTION + 6] = self._undefined
+        table.update({0x100 + code: handler for code, handler in exits.items()})
         self.table = table
+
+    def _settle(self, context: UnicornContext, _number: int) -> None:
+        """An instruction that the C hook carried has raised a fault already."""
 
     def _unexpected(self, context: UnicornContext, number: int) -> None:
         raise EngineError(f"unexpected intercept {number:#x} at RIP {context.state.rip:#x}")
@@ -320,24 +319,30 @@ class Intercepts:
     def on_interrupt(self, number: int) -> None:
         """The core's interrupt hook."""
         engine = self._engine
-        engine.in_interrupt = True
-        try:
-            if not engine.pointers:
-                engine.sync_in()
-            context = engine.current
-            handler, cost = self.table[number]
-            cells = engine.cells
-            cells[0] += cost
-            handler(context, number)  # type: ignore[arg-type]  # a vCPU is loaded while code runs
-            if not engine.pointers:
-                engine.sync_out()
-            if context.state.paging_changed:  # type: ignore[union-attr]
-                engine.flush_tlb(context)  # type: ignore[arg-type]
-            if cells[0] >= cells[1] or context.stepping is not engine.stepping:  # type: ignore[union-attr]
-                engine.stop()
-        except BaseException as error:
-            engine.fail(error)
-        engine.in_interrupt = False
+        context = engine.current
+        assert context is not None  # while code runs
+        if engine.pointers:
+            self.table[number](context, number)
+        else:
+            engine.sync_in()
+            self.table[number](context, number)
+            engine.sync_out()
+        if context.state.paging_changed:
+            engine.flush_tlb(context)
+        if context.stepping is not engine.stepping:
+            engine.stop()
+
+
+def interrupt_costs(costs: Costs) -> dict[int, int]:
+    """ns by interrupt number. KVM itself intercepts neither exceptions nor RDTSC, and windows come with an entry."""
+    leaving = (
+        Intercept.CPUID, Intercept.MSR, Intercept.HLT, Intercept.RDPMC, Intercept.RSM, Intercept.TR_WRITE,
+        *range(Intercept.CR0_READ, Intercept.DR0_WRITE + 16),
+    )  # fmt: skip
+    return dict.fromkeys((0x100 + code for code in leaving), costs.exit_ns) | {
+        0x100 + Intercept.RDTSC: costs.rdtsc_ns,
+        0x100 + Intercept.RDTSCP: costs.rdtsc_ns,
+    }
 
 
 def _load(state: EnvState, register: int) -> int:

@@ -57,18 +57,9 @@ class PortIo:
         """The core's IN hook; also for each element of INS."""
         engine = self._engine
         try:
-            context = engine.current
-            assert context is not None
-            if not engine.pointers:
-                engine.sync_in()
+            engine.sync_in()
             engine.cells[0] += engine.costs.exit_ns
-            if context.state.d[_HFLAGS] & Hf.CPL and not context.port.on_io_permission(port, size):
-                self._arm(context, port, refused=True)
-                return 0
-            value = context.port.on_in(port, size) & (1 << 8 * size) - 1
-            if engine.leaving:
-                self._arm(context, port, refused=False)
-            return value
+            return self.port_in(port, size)
         except BaseException as error:
             engine.fail(error)
             return 0
@@ -77,19 +68,45 @@ class PortIo:
         """The core's OUT hook; also for each element of OUTS."""
         engine = self._engine
         try:
-            context = engine.current
-            assert context is not None
-            if not engine.pointers:
-                engine.sync_in()
+            engine.sync_in()
             engine.cells[0] += engine.costs.exit_ns
-            if context.state.d[_HFLAGS] & Hf.CPL and not context.port.on_io_permission(port, size):
-                self._arm(context, port, refused=True)
-                return
-            context.port.on_out(port, size, value & (1 << 8 * size) - 1)
-            if engine.leaving or (context.window and context.state.rflags & _IF):
-                self._arm(context, port, refused=False)
+            self.port_out(port, size, value & (1 << 8 * size) - 1)
         except BaseException as error:
             engine.fail(error)
+
+    def port_in(self, port: int, size: int) -> int:
+        """Answer an IN."""
+        if not self._permitted(port, size):
+            return 0
+        value = self._current.port.on_in(port, size) & (1 << 8 * size) - 1
+        self.behind_io(port, False)
+        return value
+
+    def port_out(self, port: int, size: int, value: int) -> None:
+        """Answer an OUT."""
+        if self._permitted(port, size):
+            self._current.port.on_out(port, size, value)
+            self.behind_io(port, True)
+
+    def behind_io(self, port: int, is_out: bool) -> None:
+        """Behind an answered instruction the slice may end; behind an OUT an interrupt may be taken."""
+        context = self._current
+        if self._engine.leaving or (is_out and context.window and context.state.rflags & _IF):
+            self._arm(context, port, refused=False)
+
+    def _permitted(self, port: int, size: int) -> bool:
+        """Whether the code may touch the port; else that becomes a fault."""
+        context = self._current
+        if not context.state.d[_HFLAGS] & Hf.CPL or context.port.on_io_permission(port, size):
+            return True
+        self._arm(context, port, refused=True)
+        return False
+
+    @property
+    def _current(self) -> UnicornContext:
+        context = self._engine.current
+        assert context is not None  # while code runs
+        return context
 
     def _arm(self, context: UnicornContext, port: int, *, refused: bool) -> None:
         """Make the core raise #DB right after this I/O instruction (an I/O breakpoint in DR0)."""
