@@ -32,9 +32,10 @@ MAXPHYADDR: Final = 40
 
 _CR0_DEFINED: Final = 0xE005_003F  # PG CD NW AM WP NE ET TS EM MP PE
 _PE, _ET, _WP, _NW, _CD, _PG = 1, 1 << 4, 1 << 16, 1 << 29, 1 << 30, 1 << 31
-_PSE, _PAE, _PGE, _DE, _SMEP = 1 << 4, 1 << 5, 1 << 7, 1 << 3, 1 << 20
-#: VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT, which KVM always allows, and FSGSBASE and SMEP of CPUID.7:EBX.
-_CR4_ALLOWED: Final = 0x7FF | 1 << 16 | _SMEP
+_PSE, _PAE, _PGE, _DE, _UMIP, _SMEP = 1 << 4, 1 << 5, 1 << 7, 1 << 3, 1 << 11, 1 << 20
+#: VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT, which KVM always allows, and UMIP, FSGSBASE and SMEP of
+#: CPUID.7.
+_CR4_ALLOWED: Final = 0x7FF | _UMIP | 1 << 16 | _SMEP
 _SCE, _LME, _LMA, _NXE = 1, 1 << 8, 1 << 10, 1 << 11
 _DR6_FIXED, _DR6_WRITABLE = 0xFFFF_0FF0, 0xE00F
 _DR7_FIXED, _DR7_WRITABLE = 0x400, 0xFFFF_2BFF

@@ -4,8 +4,8 @@ The base is what Unicorn's default model (Haswell) reports. Taken away: what the
 XSAVE, MONITOR, MTRR and machine check, which nobody implements here), ERMS (``rep movsb`` runs a byte an iteration, so
 guests should prefer wide moves) and RDRAND (the core's answers come from the host, and a run could not be repeated: it
 is an invalid opcode, but where the engine cannot reach the core's state).
-Added: x2APIC, TSC deadline, invariant TSC, always-running APIC timer, 1 GiB pages, the hypervisor bit, the topology
-leaf, and KVM's leaves at 0x40000000 (:mod:`aiovm.paravirt`).
+Added: UMIP, x2APIC, TSC deadline, invariant TSC, always-running APIC timer, 1 GiB pages, the hypervisor bit, the
+topology leaf, and KVM's leaves at 0x40000000 (:mod:`aiovm.paravirt`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CpuidTable:
             (4, 1): (0x122, 0x1C0003F, 0x3F, 1),
             (4, 2): (0x143, 0x3C0003F, 0xFFF, 1),
             (6, 0): (4, 0, 0, 0),  # ARAT
-            (7, 0): (0, 0x18B, 0, 0),  # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2
+            (7, 0): (0, 0x18B, 1 << 2, 0),  # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2; UMIP
             (0x8000_0000, 0): (0x8000_0008, *_VENDOR),
             (0x8000_0001, 0): (SIGNATURE, 0, extended_c, extended_d),
             (0x8000_0002, 0): (0x65746E49, 0x6F43206C, 0x50206572, 0x65636F72),

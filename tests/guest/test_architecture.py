@@ -71,7 +71,6 @@ def test_an_instruction_may_cross_a_page():
         "b8200620000f22e0",  # SMAP  # mov eax, 0x200620; mov cr4, rax
         "b8200602000f22e0",  # PCIDE  # mov eax, 0x20620; mov cr4, rax
         "b8200604000f22e0",  # OSXSAVE  # mov eax, 0x40620; mov cr4, rax
-        "b8200e00000f22e0",  # UMIP  # mov eax, 0xe20; mov cr4, rax
         "48b820060000010000000f22e0",  # mov rax, 0x100000620; mov cr4, rax
         "b8000600000f22e0",  # PAE off in long mode  # mov eax, 0x600; mov cr4, rax
         "b810000000440f22c0",  # mov eax, 0x10; mov cr8, rax
@@ -616,3 +615,84 @@ def test_interrupts_come_at_the_vectors_that_firmware_gave_them():
     # mov dx, 0x200b; mov al, 1; out dx, al; hlt
     assert bare("ba0b20" + "b001" + "ee" + "f4", "real", flags=0x202).status == 0x73 << 1 | 1
     assert bare("ba0120" + "b001" + "ee" + "f4", "real", flags=0x202).status == 0x09 << 1 | 1  # interrupt 1
+
+
+# ---- stores of system registers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "mode", "value"),
+    [
+        ("660f01e0", "long", 0xFFFF_FFFF_FFFF_0033),  # smsw ax
+        ("0f01e0", "long", 0x8001_0033),  # smsw eax
+        ("480f01e0", "long", 0x8001_0033),  # smsw rax
+        ("660f01e0", "real", 0x10),  # smsw eax
+        ("660f00c8", "long", 0xFFFF_FFFF_FFFF_0028),  # str ax
+        ("0f00c8", "long", 0x28),  # str eax
+        ("480f00c0", "long", 0),  # sldt rax
+        ("0f20c0", "long", 0x8001_0033),  # mov rax, cr0
+    ],
+)
+def test_system_registers_to_a_register(code, mode, value):
+    end = bare(code + END, mode, regs={0: (1 << 64) - 1})
+    assert end.gpr[0] == value
+    assert end.rip == CODE + len(code) // 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("code", "mode", "stored"),
+    [
+        ("0f010425", "long", "3f00" + "0000010000000000"),  # sgdt [0x50000]
+        ("0f010c25", "long", "ff0f" + "0010010000000000"),  # sidt [0x50000]
+        ("0f010d", "prot", "ff07" + "00100100"),  # sidt [0x50000]
+        ("660f0105", "prot", "3f00" + "00000100"),  # sgdt [0x50000], base of 24 bits
+        ("480f012425", "long", "3300"),  # smsw [0x50000]
+        ("480f000c25", "long", "2800"),  # str [0x50000]
+    ],
+)
+def test_system_registers_to_memory(code, mode, stored):
+    end = bare(code + "00000500" + END, mode, more={DATA: "cc" * 16})
+    assert end.read(DATA, 16).hex() == stored.ljust(32, "c")
+
+
+def test_the_base_of_24_bits():
+    def high(vm):
+        state = vm.vcpus[0].context.state
+        state.gdt = state.gdt._replace(base=0x1234_5678)
+
+    end = bare("660f0105" + "00000500" + END, "prot", setup=high)  # sgdt [0x50000] with an operand size of 16 bits
+    assert end.read(DATA, 6).hex() == "3f00" + "78563400"
+
+
+def test_a_system_register_that_cannot_be_stored():
+    # mov eax, 0x40000000; sgdt [rax]
+    assert fault("b800000040" + "0f0100") == (PF, 2, CODE + 5)
+    # mov ebx, 0xff000000; smsw [rbx]; mov eax, [rbx]: the test device's memory
+    tables = {TABLES + 0x1000 + 24: struct.pack("<Q", 0xC000_0087)}
+    end = bare("bb000000ff" + "0f0123" + "8b03" + END, more=tables)
+    assert end.gpr[0] == 0x33
+
+
+UMIP = {"sgdt": "0f010425", "sidt": "0f010c25", "sldt": "0f000425", "str": "0f000c25", "smsw": "0f012425"}
+
+
+@pytest.mark.parametrize("name", UMIP)
+def test_umip(name):
+    """CPUID.7:ECX.UMIP and CR4.UMIP (bit 11): outside CPL 0 the five instructions are #GP(0)."""
+    code = UMIP[name] + "00000500"
+
+    def forbid(vm):
+        vm.vcpus[0].context.state.cr4 |= 0x800
+
+    end = bare(code + "cd40", cpl=3)
+    assert end.vector == GP  # INT 0x40 from CPL 3: the instruction passed
+    assert end.error_code == 0x202
+    assert fault(code, cpl=3, setup=forbid) == (GP, 0, CODE)
+    assert fault(code + "0f0b", setup=forbid) == (UD, None, CODE + len(code) // 2)
+
+
+def test_umip_is_offered():
+    # mov eax, 7; xor ecx, ecx; cpuid; mov rax, cr4; bts eax, 11; mov cr4, rax
+    end = bare("b807000000" + "31c9" + "0fa2" + "0f20e0" + "0fbae80b" + "0f22e0" + END)
+    assert end.gpr[1] & 4
+    assert end.cr4 == 0xE20

@@ -390,11 +390,11 @@ class UnicornEngine:
             for code in (
                 Intercept.VINTR, Intercept.RDTSC, Intercept.RDPMC, Intercept.CPUID, Intercept.SWINT, Intercept.PAUSE,
                 Intercept.HLT, Intercept.MSR, Intercept.SHUTDOWN, Intercept.VMMCALL, Intercept.RDTSCP, Intercept.NMI,
-                Intercept.TR_WRITE, Intercept.RSM,
+                Intercept.TR_WRITE, Intercept.RSM, *range(Intercept.IDTR_READ, Intercept.TR_READ + 1),
             )
         )  # fmt: skip
         d[Env.INTERCEPT_EXCEPTIONS >> 2] = _M32
-        h[Env.INTERCEPT_CR_READ >> 1] = 1 << 8
+        h[Env.INTERCEPT_CR_READ >> 1] = 1 << 0 | 1 << 8
         h[Env.INTERCEPT_CR_WRITE >> 1] = 1 << 0 | 1 << 3 | 1 << 4 | 1 << 8
         h[Env.INTERCEPT_DR_READ >> 1] = h[Env.INTERCEPT_DR_WRITE >> 1] = 0xFF
         return bytes(data)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from aiovm.engine.unicorn.budget import FAULTED, INTERRUPTS
 from aiovm.engine.unicorn.decode import Instruction, decode, effective_address
 from aiovm.engine.unicorn.layout import Env, Hf, Intercept
+from aiovm.engine.unicorn.system_store import store_system
 from aiovm.errors import EngineError
 from aiovm.events import EventKind
 from aiovm.memory import PAGE
@@ -67,6 +68,8 @@ class Intercepts:
             Intercept.RDTSCP: self._rdtsc,
         }
         exits.update(dict.fromkeys(range(Intercept.CR0_READ, Intercept.CR0_READ + 16), self._cr_read))
+        exits[Intercept.CR0_READ] = self._cr0_read
+        exits.update(dict.fromkeys(range(Intercept.IDTR_READ, Intercept.TR_READ + 1), self._system_store))
         exits.update(dict.fromkeys(range(Intercept.CR0_WRITE, Intercept.CR0_WRITE + 16), self._cr_write))
         exits.update(dict.fromkeys(range(Intercept.DR0_READ, Intercept.DR0_READ + 16), self._dr_read))
         exits.update(dict.fromkeys(range(Intercept.DR0_WRITE, Intercept.DR0_WRITE + 16), self._dr_write))
@@ -249,6 +252,22 @@ class Intercepts:
             _store(context.state, insn.rm, value)
             self.skip(context, insn.length)
 
+    def _cr0_read(self, context: UnicornContext, _number: int) -> None:
+        """MOV from CR0, or SMSW."""
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        if insn.opcode == 0x0F20:
+            _store(context.state, insn.rm, context.state.cr0)
+            self.skip(context, insn.length)
+        elif store_system(context, self._engine.memory, insn):
+            self.skip(context, insn.length)
+
+    def _system_store(self, context: UnicornContext, _number: int) -> None:
+        insn = self._decoded(context)
+        if insn is not None and store_system(context, self._engine.memory, insn):
+            self.skip(context, insn.length)
+
     def _cr_write(self, context: UnicornContext, number: int) -> None:
         """MOV to a control register; CLTS and LMSW are stores to CR0 (SDM vol. 3A, 2.5)."""
         insn = self._decoded(context)
@@ -334,10 +353,11 @@ class Intercepts:
 
 
 def interrupt_costs(costs: Costs) -> dict[int, int]:
-    """ns by interrupt number. KVM itself intercepts neither exceptions nor RDTSC, and windows come with an entry."""
+    """ns by interrupt number. KVM itself intercepts neither exceptions, RDTSC nor loads of CR0, and windows come with an
+    entry."""
     leaving = (
         Intercept.CPUID, Intercept.MSR, Intercept.HLT, Intercept.RDPMC, Intercept.RSM, Intercept.TR_WRITE,
-        *range(Intercept.CR0_READ, Intercept.DR0_WRITE + 16),
+        *range(Intercept.CR0_READ + 1, Intercept.DR0_WRITE + 16),
     )  # fmt: skip
     return dict.fromkeys((0x100 + code for code in leaving), costs.exit_ns) | {
         0x100 + Intercept.RDTSC: costs.rdtsc_ns,

@@ -143,6 +143,8 @@ class Intercept:
     NMI: Final = 0x61
     VINTR: Final = 0x64
     CR0_SEL: Final = 0x65
+    IDTR_READ: Final = 0x66  # then GDTR, LDTR
+    TR_READ: Final = 0x69
     TR_WRITE: Final = 0x6D
     RDTSC: Final = 0x6E
     RDPMC: Final = 0x6F
