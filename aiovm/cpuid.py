@@ -1,11 +1,14 @@
 """The CPU model that guests see: what this core executes, and nothing more (SDM vol. 2A, CPUID).
 
-The base is what Unicorn's default model (Haswell) reports. Taken away: what the core does not execute (AVX, FMA, F16C,
-XSAVE, MONITOR, MTRR and machine check, which nobody implements here), ERMS (``rep movsb`` runs a byte an iteration, so
-guests should prefer wide moves) and RDRAND (the core's answers come from the host, and a run could not be repeated: it
-is an invalid opcode, but where the engine cannot reach the core's state).
-Added: UMIP, x2APIC, TSC deadline, invariant TSC, always-running APIC timer, 1 GiB pages, the hypervisor bit, the
-topology leaf, and KVM's leaves at 0x40000000 (:mod:`aiovm.paravirt`).
+The base is a Haswell. Taken away: what the core does not execute (AVX, FMA, F16C, MONITOR, MTRR and machine check,
+which nobody implements here), ERMS (``rep movsb`` runs a byte an iteration, so guests should prefer wide moves) and
+RDRAND (the core's answers come from the host, and a run could not be repeated).
+Added: SMAP, UMIP, CLFLUSHOPT, CLWB, XSAVEOPT, XGETBV of the states in use, x2APIC, TSC deadline, invariant TSC,
+always-running APIC timer, 1 GiB pages, the hypervisor bit, the topology leaf, and KVM's leaves at 0x40000000
+(:mod:`aiovm.paravirt`).
+
+What is not offered does not exist; but where the engine cannot reach the core's state, RDRAND, ADX and more states in
+XCR0 than x87 and SSE do.
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ _VENDOR = (0x756E6547, 0x6C65746E, 0x49656E69)  # EBX, ECX, EDX of "GenuineIntel
 _HYPERVISOR = 1 << 31
 _TSC_DEADLINE = 1 << 24
 _X2APIC = 1 << 21
-_ECX_CORE = 0x4ED8_2203 & ~(1 << 26 | 1 << 27 | 1 << 30)  # SSE3..AES of the core, without XSAVE, OSXSAVE, RDRAND
+_ECX_CORE = 0x4ED8_2203 & ~(1 << 27 | 1 << 30)  # SSE3..XSAVE of the core, without OSXSAVE, RDRAND
 _EDX_CORE = 0x078B_FBFD & ~(1 << 7 | 1 << 12 | 1 << 14)  # without MCE, MTRR, MCA
 _APIC = 1 << 9
+_OSXSAVE = 1 << 27
+#: The legacy area and the header (SDM vol. 1, 13.4).
+_XSAVE_BYTES = 576
 _HTT = 1 << 28
 _WITH_SUBLEAF = frozenset({4, 7, 0xB, 0xD})
 
@@ -40,7 +46,7 @@ class CpuidTable:
         self._shift = shift
         self._vcpus = vcpus
         self._leaves: dict[tuple[int, int], Leaf] = {
-            (0, 0): (0xB, *_VENDOR),
+            (0, 0): (0xD, *_VENDOR),
             (1, 0): (
                 SIGNATURE,
                 0x800 | min(vcpus, 255) << 16,
@@ -52,7 +58,10 @@ class CpuidTable:
             (4, 1): (0x122, 0x1C0003F, 0x3F, 1),
             (4, 2): (0x143, 0x3C0003F, 0xFFF, 1),
             (6, 0): (4, 0, 0, 0),  # ARAT
-            (7, 0): (0, 0x18B, 1 << 2, 0),  # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2; UMIP
+            # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, SMAP, CLFLUSHOPT, CLWB; UMIP
+            (7, 0): (0, 0x190_018B, 1 << 2, 0),
+            (0xD, 0): (3, _XSAVE_BYTES, _XSAVE_BYTES, 0),  # x87 and SSE
+            (0xD, 1): (5, 0, 0, 0),  # XSAVEOPT, XGETBV with ECX 1
             (0x8000_0000, 0): (0x8000_0008, *_VENDOR),
             (0x8000_0001, 0): (SIGNATURE, 0, extended_c, extended_d),
             (0x8000_0002, 0): (0x65746E49, 0x6F43206C, 0x50206572, 0x65636F72),
@@ -65,15 +74,18 @@ class CpuidTable:
         for number, leaf in kvm_cpuid_leaves(features, hints=hints, tsc_khz=tsc_khz).items():
             self._leaves[number, 0] = leaf
 
-    def answer(self, leaf: int, subleaf: int, apic_id: int, *, apic_enabled: bool = True) -> Leaf:
+    def answer(
+        self, leaf: int, subleaf: int, apic_id: int, *, apic_enabled: bool = True, osxsave: bool = False
+    ) -> Leaf:
         """EAX, EBX, ECX, EDX for one CPU. Leaves that do not exist read zero, as on AMD.
 
-        An APIC that IA32_APIC_BASE turned off is not there (SDM vol. 3A, 10.4.3).
+        An APIC that IA32_APIC_BASE turned off is not there (SDM vol. 3A, 10.4.3). ``osxsave``: CR4.OSXSAVE.
         """
         found = self._leaves.get((leaf, subleaf if leaf in _WITH_SUBLEAF else 0))
         if leaf == 1 and found is not None:
             edx = found[3] if apic_enabled else found[3] & ~_APIC
-            return found[0], found[1] | (apic_id & 0xFF) << 24, found[2], edx
+            ecx = found[2] | _OSXSAVE if osxsave else found[2]
+            return found[0], found[1] | (apic_id & 0xFF) << 24, ecx, edx
         if leaf == 0xB:
             if subleaf == 0:
                 return 0, 1, 0x100, apic_id

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["VcpuPort"]
 
 _M64 = (1 << 64) - 1
+_OSXSAVE = 1 << 18
 _TASKPRI = 0x80
 _IF = 0x200
 
@@ -68,7 +69,8 @@ class VcpuPort:
 
     def on_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         apic = self.vcpu.apic
-        return self.vm.cpuid.answer(leaf, subleaf, apic.apic_id, apic_enabled=apic.hw_enabled)
+        osxsave = bool(self.vcpu.context.state.cr4 & _OSXSAVE)
+        return self.vm.cpuid.answer(leaf, subleaf, apic.apic_id, apic_enabled=apic.hw_enabled, osxsave=osxsave)
 
     def on_rdtsc(self) -> int:
         return self.vcpu.tsc.read(self.vm.read_tsc())

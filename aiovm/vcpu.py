@@ -342,7 +342,7 @@ class Vcpu(VcpuIoctls):
 
     @property
     def guest_xcr0_loaded(self) -> bool:
-        """The guest's XCR0 governs the core: loaded, with CR4.OSXSAVE, which this CPU does not offer."""
+        """The guest's XCR0 governs the core: loaded, with CR4.OSXSAVE."""
         return self.context.is_loaded and bool(self.context.state.cr4 & 1 << 18)
 
     def inject_smi(self) -> None:

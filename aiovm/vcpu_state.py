@@ -13,8 +13,8 @@ Rules (``arch/x86/kvm/x86.c`` of Linux 6.16):
 * ``set_msrs`` is the host's store: TSC and TSC_ADJUST do not move each other, IA32_APIC_BASE may go any way, SMBASE is
   open outside SMM.
 
-Differences: the shadow of STI and of MOV-SS are one to this CPU (as on AMD's), reported as both. XCR0 is 1: there is
-no XSAVE. Padding, and ``kvm_sregs2``'s PDPTRs, which a walk reads from memory, do not exist.
+Differences: the shadow of STI and of MOV-SS are one to this CPU (as on AMD's), reported as both. Padding, and
+``kvm_sregs2``'s PDPTRs, which a walk reads from memory, do not exist.
 """
 
 from __future__ import annotations
@@ -194,12 +194,15 @@ class VcpuIoctls:
 
     def get_xcrs(self) -> KvmXcrs:
         """KVM_GET_XCRS."""
-        return KvmXcrs()
+        self._between_slices("get_xcrs")
+        return KvmXcrs(self.context.state.xcr0)
 
     def set_xcrs(self, xcrs: KvmXcrs) -> None:
-        """KVM_SET_XCRS: what a CPU without XSAVE has, or a refusal."""
-        if xcrs != KvmXcrs():
-            raise ConfigError(f"KvmXcrs.xcr0: {xcrs.xcr0:#x} on a CPU without XSAVE (EINVAL)")
+        """KVM_SET_XCRS: x87 and SSE are what there is (``__kvm_set_xcr``)."""
+        self._between_slices("set_xcrs")
+        if xcrs.xcr0 not in (1, 3):
+            raise ConfigError(f"KvmXcrs.xcr0: {xcrs.xcr0:#x} has states that CPUID does not offer, or not x87 (EINVAL)")
+        self.context.state.xcr0 = xcrs.xcr0
 
     def get_debugregs(self) -> KvmDebugregs:
         """KVM_GET_DEBUGREGS."""

@@ -153,6 +153,8 @@ class CpuState(Protocol):
     cr3: int
     cr4: int
     efer: int
+    #: The states that XSAVE knows: x87 1, SSE 2.
+    xcr0: int
     #: Current privilege level, 0–3.
     cpl: int
     #: An STI or MOV-SS shadow covers the next instruction.

@@ -20,7 +20,7 @@ def words(*registers):
 
 def test_vendor_and_highest_leaves():
     eax, ebx, ecx, edx = table().answer(0, 0, 0)
-    assert eax == 0xB
+    assert eax == 0xD
     assert words(ebx, edx, ecx) == b"GenuineIntel"
     assert table().answer(0x8000_0000, 0, 0)[0] == 0x8000_0008
     assert table().answer(0x4000_0000, 0, 0)[0] == 0x4000_0010
@@ -33,8 +33,8 @@ def test_family_model_stepping():
 
 def test_features_of_leaf_1():
     _, _, ecx, edx = table().answer(1, 0, 0)
-    # SSE3 PCLMUL SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES hypervisor
-    assert bits(ecx) == {0, 1, 9, 13, 19, 20, 21, 22, 23, 24, 25, 31}
+    # SSE3 PCLMUL SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES XSAVE hypervisor
+    assert bits(ecx) == {0, 1, 9, 13, 19, 20, 21, 22, 23, 24, 25, 26, 31}
     # FPU DE PSE TSC MSR PAE CX8 APIC SEP PGE CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
     assert bits(edx) == {0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26}
 
@@ -44,7 +44,6 @@ def test_features_of_leaf_1():
     [
         ("MONITOR", 2, 3),
         ("FMA", 2, 12),
-        ("XSAVE", 2, 26),
         ("OSXSAVE", 2, 27),
         ("AVX", 2, 28),
         ("F16C", 2, 29),
@@ -60,15 +59,17 @@ def test_what_the_core_does_not_do_is_not_claimed(name, register, bit):
 
 def test_features_of_leaf_7():
     _, ebx, ecx, edx = table().answer(7, 0, 0)
-    assert bits(ebx) == {
-        0,
-        1,
-        3,
-        7,
-        8,
-    }  # FSGSBASE TSC_ADJUST BMI1 SMEP BMI2: no ERMS (9), AVX2 (5), RDSEED (18), SMAP (20)
+    # FSGSBASE TSC_ADJUST BMI1 SMEP BMI2 SMAP CLFLUSHOPT CLWB: no ERMS (9), AVX2 (5), RDSEED (18), ADX (19)
+    assert bits(ebx) == {0, 1, 3, 7, 8, 20, 23, 24}
     assert (bits(ecx), edx) == ({2}, 0)  # UMIP
     assert table().answer(7, 1, 0) == (0, 0, 0, 0)
+
+
+def test_xsave():
+    assert table().answer(0xD, 0, 0) == (3, 576, 576, 0)  # x87 and SSE: legacy area and header
+    assert table().answer(0xD, 1, 0) == (5, 0, 0, 0)  # XSAVEOPT and XGETBV with ECX 1; no XSAVEC, no XSAVES
+    assert table().answer(0xD, 2, 0) == (0, 0, 0, 0)
+    assert table().answer(1, 0, 0, osxsave=True)[2] >> 27 & 1
 
 
 def test_extended_features():
@@ -126,7 +127,7 @@ def test_kvms_leaves():
     assert words(ebx, ecx, edx) == b"KVMKVMKVM\0\0\0"
 
 
-@pytest.mark.parametrize("leaf", [3, 5, 8, 0xA, 0xC, 0xD, 0x4000_0002, 0x8000_0009, 0xFFFF_FFFF])
+@pytest.mark.parametrize("leaf", [3, 5, 8, 0xA, 0xC, 0x4000_0002, 0x8000_0009, 0xFFFF_FFFF])
 def test_other_leaves_are_zero(leaf):
     assert table().answer(leaf, 0, 5) == (0, 0, 0, 0)
 

@@ -39,7 +39,7 @@ from aiovm.engine.unicorn.layout import (
     CPU_TO_ENV,
     EFER_MSR,
     ENV_END,
-    ENV_FEATURES_ECX,
+    FEATURES,
     MSRS,
     UC_CPU,
     UC_NO_EXIT_REQUEST,
@@ -83,7 +83,6 @@ _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _IF: Final = 0x200
 _RF: Final = 1 << 16
-_RDRAND: Final = 1 << 30
 _SYSCALL: Final = b"\x0f\x05"
 _SYSENTER: Final = b"\x0f\x34"
 #: KVM's ple_gap: TSC cycles between two PAUSEs of one loop (``arch/x86/kvm/vmx/vmx.c``).
@@ -336,7 +335,7 @@ class UnicornEngine:
 
     def _open(self) -> None:
         out = ctypes.c_void_p()
-        lib.check(lib.uc_open(lib.const.UC_ARCH_X86, lib.const.UC_MODE_64, ctypes.byref(out)), "uc_open")
+        lib.check(lib.open_core(out), "open the core")
         self._uc = out
         assert out.value is not None
         lib.ctl(out, lib.CTL_TCG_BUFFER, ctypes.c_uint32(32 << 20))
@@ -369,8 +368,8 @@ class UnicornEngine:
             self._virq = ctypes.c_uint8.from_address(cpu + CPU_INTERRUPT_REQUEST + VIRQ_BYTE)
             self._no_exit_request = ctypes.c_uint8.from_address(out.value + UC_NO_EXIT_REQUEST)
             self._no_exit_request.value = 1
-            # RDRAND would answer from the host's randomness; now it does not exist, as CPUID says.
-            ctypes.c_uint64.from_address(self._env + ENV_FEATURES_ECX).value &= ~_RDRAND
+            for at, (_, wanted) in FEATURES.items():
+                ctypes.c_uint64.from_address(self._env + at).value = wanted
             self._live = memoryview((ctypes.c_char * ENV_END).from_address(self._env)).cast("B")
         else:
             self._env = self._pending_at = 0
@@ -385,6 +384,7 @@ class UnicornEngine:
         d[Env.HFLAGS2 >> 2] |= Hf2.GIF | Hf2.HIF | Hf2.VINTR
         d[Env.HFLAGS >> 2] = Hf.GUEST | Hf.IOBPT
         q[Env.VM_VMCB >> 3] = _VMCB
+        q[Env.XCR0 >> 3] = 1
         q[Env.INTERCEPT >> 3] = sum(
             1 << code - 0x60
             for code in (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["EFER_MSR", "ENV_END", "MSRS", "Env", "Hf", "Hf2", "Intercept"]
+__all__ = ["EFER_MSR", "ENV_END", "FEATURES", "MSRS", "Env", "Hf", "Hf2", "Intercept"]
 
 # uc_struct
 UC_CPU: Final = 0x1B8
@@ -33,9 +33,15 @@ VIRQ_BYTE: Final = 1
 
 #: The state that a context holds: everything up to the reset area's end.
 ENV_END: Final = 0x15C0
-#: Behind it: what CPUID.1:ECX offers, which translations ask; and what Haswell's is.
-ENV_FEATURES_ECX: Final = 0x1608
-HASWELL_ECX: Final = 0xC6D8_2203
+#: Behind it: what CPUID offers, which translations ask. What the core's model has, and what is left of it, as in
+#: :mod:`aiovm.cpuid`: no RDRAND, ADX nor protection keys, and in XCR0 only x87 and SSE.
+FEATURES: Final = {
+    0x1608: (0xC6D8_2203, 0x86D8_2203),  # 1:ECX
+    0x1610: (0x0198_0389, 0x0190_0389),  # 7:EBX
+    0x1618: (0x8, 0x0),  # 7:ECX
+    0x1698: (0x5, 0x5),  # 0xD.1:EAX
+    0x16A8: (0x2E7, 0x3),  # 0xD.0:EAX
+}
 #: Where a uc_context's payload holds that state.
 CONTEXT_PAYLOAD: Final = 40
 
@@ -58,6 +64,7 @@ class Env:
     IDT: Final = 0x190
     CR: Final = 0x1A8
     EFER: Final = 0x250
+    XCR0: Final = 0x1328
     STAR: Final = 0x12D8
     LSTAR: Final = 0x12E8
     FMASK: Final = 0x12F8

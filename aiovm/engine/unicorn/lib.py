@@ -93,6 +93,7 @@ _variadic = ctypes.CDLL(raw._name)
 CTL_EXITS_ENABLE = const.UC_CTL_UC_USE_EXITS | 1 << 26 | 1 << 30
 CTL_TLB_FLUSH = const.UC_CTL_TLB_FLUSH | 1 << 30
 CTL_TB_FLUSH = const.UC_CTL_TB_FLUSH | 1 << 30
+CTL_CPU_MODEL = const.UC_CTL_CPU_MODEL | 1 << 26 | 1 << 30
 CTL_TCG_BUFFER = const.UC_CTL_TCG_BUFFER_SIZE | 1 << 26 | 1 << 30
 
 
@@ -102,6 +103,13 @@ def ctl(handle: c_void_p, code: int, *arguments: ctypes.c_uint64 | ctypes.c_uint
     function.restype = c_int
     result: int = function(handle, c_int(code), *arguments)
     return result
+
+
+def open_core(out: c_void_p) -> int:
+    """A 64-bit core of the model that knows most instructions (Skylake-Server) into ``out``; the error number."""
+    return uc_open(const.UC_ARCH_X86, const.UC_MODE_64, ctypes.byref(out)) or ctl(
+        out, CTL_CPU_MODEL, c_int(x86.UC_CPU_X86_SKYLAKE_SERVER)
+    )
 
 
 def hook_add(handle: c_void_p, kind: int, callback: int, user: int, *extra: c_int, out: c_size_t | None = None) -> int:

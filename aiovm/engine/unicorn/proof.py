@@ -16,8 +16,7 @@ from aiovm.engine.unicorn.layout import (
     CPU_ICOUNT_DECR,
     CPU_TO_ENV,
     ENV_END,
-    ENV_FEATURES_ECX,
-    HASWELL_ECX,
+    FEATURES,
     UC_CPU,
     Env,
 )
@@ -40,7 +39,7 @@ def layout_holds() -> bool:
     if lib.VERSION[:3] != (2, 1, 4) or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
     uc = ctypes.c_void_p()
-    if lib.uc_open(lib.const.UC_ARCH_X86, lib.const.UC_MODE_64, ctypes.byref(uc)) or uc.value is None:
+    if lib.open_core(uc) or uc.value is None:
         return False
     try:
         return _compare(uc, uc.value)
@@ -65,7 +64,7 @@ def _compare(uc: ctypes.c_void_p, handle: int) -> bool:
         if ctypes.c_uint64.from_address(cpu + CPU_ICOUNT_DECR).value >> 12 < 1:
             return False
         env = cpu + CPU_TO_ENV
-        if ctypes.c_uint64.from_address(env + ENV_FEATURES_ECX).value != HASWELL_ECX:
+        if any(ctypes.c_uint64.from_address(env + at).value != has for at, (has, _) in FEATURES.items()):
             return False
         for n, (register, offset) in enumerate(_PROBES):
             pattern = 0x1122_3344_0000_1000 + 0x1111 * n if register != _x86.UC_X86_REG_CR2 else 0x1234_5000

@@ -160,6 +160,15 @@ class EnvState:
         self.paging_changed = True
         self._derive()
 
+    @property
+    def xcr0(self) -> int:
+        value: int = self.q[Env.XCR0 >> 3]
+        return value
+
+    @xcr0.setter
+    def xcr0(self, value: int) -> None:
+        self.q[Env.XCR0 >> 3] = value
+
     def get_dr(self, index: int) -> int:
         value: int = self.q[(Env.DR >> 3) + index]
         return value
@@ -255,6 +264,8 @@ class EnvState:
         flags |= (cr0 << 8) & (Hf.MP | Hf.EM | Hf.TS)  # CR0 bits 1-3 -> hflags 9-11
         if cr4 & 0x200:
             flags |= Hf.OSFXSR
+        if cr4 & 0x20_0000:
+            flags |= Hf.SMAP
         cs = d[_CS_FLAGS]
         lma = q[_EFER] & 0x400
         if lma:
