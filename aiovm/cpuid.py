@@ -73,6 +73,10 @@ class CpuidTable:
         }
         for number, leaf in kvm_cpuid_leaves(features, hints=hints, tsc_khz=tsc_khz).items():
             self._leaves[number, 0] = leaf
+        #: Leaves that read the same on each CPU and for each subleaf: the short way to most of the answers.
+        self.same = {
+            leaf: found for (leaf, _), found in self._leaves.items() if leaf != 1 and leaf not in _WITH_SUBLEAF
+        }
 
     def answer(
         self, leaf: int, subleaf: int, apic_id: int, *, apic_enabled: bool = True, osxsave: bool = False
@@ -81,15 +85,14 @@ class CpuidTable:
 
         An APIC that IA32_APIC_BASE turned off is not there (SDM vol. 3A, 10.4.3). ``osxsave``: CR4.OSXSAVE.
         """
-        found = self._leaves.get((leaf, subleaf if leaf in _WITH_SUBLEAF else 0))
-        if leaf == 1 and found is not None:
-            edx = found[3] if apic_enabled else found[3] & ~_APIC
-            ecx = found[2] | _OSXSAVE if osxsave else found[2]
-            return found[0], found[1] | (apic_id & 0xFF) << 24, ecx, edx
+        if leaf == 1:
+            eax, ebx, ecx, edx = self._leaves[1, 0]
+            ecx = ecx | _OSXSAVE if osxsave else ecx
+            return eax, ebx | (apic_id & 0xFF) << 24, ecx, edx if apic_enabled else edx & ~_APIC
         if leaf == 0xB:
             if subleaf == 0:
                 return 0, 1, 0x100, apic_id
             if subleaf == 1:
                 return self._shift, self._vcpus, 0x201, apic_id
             return 0, 0, subleaf & 0xFF, apic_id
-        return found or (0, 0, 0, 0)
+        return self._leaves.get((leaf, subleaf if leaf in _WITH_SUBLEAF else 0), (0, 0, 0, 0))

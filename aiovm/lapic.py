@@ -19,13 +19,26 @@ reads all ones).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from aiovm.errors import ConfigError
 from aiovm.lapic_message import Accepted, DeliveryMode, IpiMessage, Shorthand, decode_icr
-from aiovm.lapic_registers import APIC_BASE, LVT_MASKED, LVT_WRITABLE, BaseMsr, LapicEffect, LapicState, Lvt, Reg
+from aiovm.lapic_registers import (
+    APIC_BASE,
+    LVT_MASKED,
+    LVT_WRITABLE,
+    NO_EFFECT,
+    BaseMsr,
+    LapicEffect,
+    LapicState,
+    Lvt,
+    Reg,
+)
 from aiovm.lapic_timer import LapicTimer, LapicTimerState, TimerMode
 from aiovm.memory import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "APIC_BASE",
@@ -43,10 +56,10 @@ _SW_ENABLE: Final = 1 << 8
 #: Reserved bits of the 64-bit ICR: 31:20, 17:16 and 13.
 _X2APIC_ICR_RESERVED: Final = 0xFFF3_2000
 _PAGE_BYTES: Final = 0x400
+_HIDDEN: Final = -PAGE
 _MODES: Final = tuple(DeliveryMode)
 _TIMER_MODES: Final = tuple(TimerMode)
 
-_NOTHING: Final = LapicEffect()
 _EVENT: Final = LapicEffect(event=True)
 _TIMER: Final = LapicEffect(timer=True)
 _MAP: Final = LapicEffect(map_changed=True)
@@ -64,6 +77,7 @@ class Lapic:
         "_s",
         "_timer_mask",
         "_x2apic",
+        "page",
         "timer",
         "vcpu_id",
         "watched_vectors",
@@ -93,6 +107,8 @@ class Lapic:
         self._s = LapicState()
         self._hw = self._enabled = self._x2apic = False
         self._ppr = 0
+        #: Where the register page lies; below every address while the page is not to be seen.
+        self.page = _HIDDEN
         self.reset()
 
     # ---- what it is ----------------------------------------------------------------------------------------
@@ -131,11 +147,6 @@ class Lapic:
     def base_address(self) -> int:
         """Where the register page lies."""
         return self._s.base & ~0xFFF
-
-    def page_offset(self, gpa: int) -> int:
-        """Where in the register page ``gpa`` lies; -1 outside it, and where the page is not to be seen."""
-        offset = gpa - self.base_address
-        return offset if 0 <= offset < PAGE and self._hw and not self._x2apic else -1
 
     @property
     def apic_base(self) -> int:
@@ -180,9 +191,9 @@ class Lapic:
     def mmio_write(self, offset: int, size: int, value: int, now: int) -> LapicEffect:
         """The register page: 4 bytes at a multiple of 16; anything else is ignored."""
         if size != 4 or offset & 0xF or not self._hw or self._x2apic:
-            return _NOTHING
+            return NO_EFFECT
         effect = self._write(offset, value & 0xFFFF_FFFF, now)
-        return _NOTHING if effect is None else effect
+        return NO_EFFECT if effect is None else effect
 
     def msr_read(self, index: int, now: int) -> int | None:
         """RDMSR of 0x800–0x8FF; None is #GP."""
@@ -232,7 +243,7 @@ class Lapic:
         self._s.tpr = value & 0xFF
         old = self._ppr
         self._update_ppr()
-        return _EVENT if self._ppr < old and self.pending_vector() >= 0 else _NOTHING
+        return _EVENT if self._ppr < old and self.pending_vector() >= 0 else NO_EFFECT
 
     @property
     def cr8(self) -> int:
@@ -287,7 +298,7 @@ class Lapic:
         s = self._s
         isr = s.isr
         if not isr:
-            return _NOTHING
+            return NO_EFFECT
         vector = isr.bit_length() - 1
         bit = 1 << vector
         s.isr = isr ^ bit
@@ -503,63 +514,70 @@ class Lapic:
 
     def _write(self, offset: int, value: int, now: int) -> LapicEffect | None:
         """Store 32 bits; None where nothing is writable. What only one of the modes has is filtered before."""
-        s = self._s
-        if offset == Reg.EOI:
-            return self.eoi()
-        if offset == Reg.ICR:
-            low = value & ~0x1000
-            s.icr = s.icr & 0xFFFF_FFFF_0000_0000 | low
-            return LapicEffect(decode_icr(low, s.icr >> 56))
-        if Reg.LVTT <= offset <= Reg.LVT_ERROR:
-            return self._write_lvt(Lvt((offset - Reg.LVTT) >> 4), value)
-        match offset:
-            case Reg.TMICT:
-                self.timer.write_tmict(value, now)
-                return _TIMER
-            case Reg.ICR2:
-                s.icr = s.icr & 0xFFFF_FFFF | (value & 0xFF00_0000) << 32
-            case Reg.TDCR:
-                self.timer.write_tdcr(value, now)
-                return _TIMER
-            case Reg.TPR:
-                return self.write_tpr(value)
-            case Reg.ID:
-                return self._changes_map("apic_id", value & 0xFF00_0000)
-            case Reg.LDR:
-                return self._changes_map("ldr", value & 0xFF00_0000)
-            case Reg.DFR:
-                return self._changes_map("dfr", value | 0x0FFF_FFFF)
-            case Reg.SPIV:
-                return self._write_spiv(value & 0x3FF)
-            case Reg.ESR:
-                pass
-            case _:
-                return None
-        return _NOTHING
+        store = _STORES.get(offset)
+        return None if store is None else store(self, value, now)
 
-    def _changes_map(self, name: str, value: int) -> LapicEffect:
-        if getattr(self._s, name) == value:
-            return _NOTHING
-        setattr(self._s, name, value)
-        return _MAP
+    def _write_eoi(self, _value: int, _now: int) -> LapicEffect:
+        return self.eoi()
 
-    def _write_spiv(self, value: int) -> LapicEffect:
+    def _write_icr(self, value: int, _now: int) -> LapicEffect:
         s = self._s
+        low = value & ~0x1000
+        s.icr = s.icr & 0xFFFF_FFFF_0000_0000 | low
+        return LapicEffect(decode_icr(low, s.icr >> 56))
+
+    def _write_icr2(self, value: int, _now: int) -> LapicEffect:
+        s = self._s
+        s.icr = s.icr & 0xFFFF_FFFF | (value & 0xFF00_0000) << 32
+        return NO_EFFECT
+
+    def _write_tmict(self, value: int, now: int) -> LapicEffect:
+        self.timer.write_tmict(value, now)
+        return _TIMER
+
+    def _write_tdcr(self, value: int, now: int) -> LapicEffect:
+        self.timer.write_tdcr(value, now)
+        return _TIMER
+
+    def _write_tpr(self, value: int, _now: int) -> LapicEffect:
+        return self.write_tpr(value)
+
+    def _write_id(self, value: int, _now: int) -> LapicEffect:
+        s = self._s
+        old, s.apic_id = s.apic_id, value & 0xFF00_0000
+        return NO_EFFECT if s.apic_id == old else _MAP
+
+    def _write_ldr(self, value: int, _now: int) -> LapicEffect:
+        s = self._s
+        old, s.ldr = s.ldr, value & 0xFF00_0000
+        return NO_EFFECT if s.ldr == old else _MAP
+
+    def _write_dfr(self, value: int, _now: int) -> LapicEffect:
+        s = self._s
+        old, s.dfr = s.dfr, value | 0x0FFF_FFFF
+        return NO_EFFECT if s.dfr == old else _MAP
+
+    def _write_esr(self, _value: int, _now: int) -> LapicEffect:
+        return NO_EFFECT
+
+    def _write_spiv(self, value: int, _now: int) -> LapicEffect:
+        s = self._s
+        value &= 0x3FF
         changed = (s.spiv ^ value) & _SW_ENABLE
         s.spiv = value
         if not value & _SW_ENABLE:
             s.lvt = tuple(entry | LVT_MASKED for entry in s.lvt)
             self.timer.drop_pending()
         self._decode()
-        return _MAP if changed else _NOTHING
+        return _MAP if changed else NO_EFFECT
 
-    def _write_lvt(self, which: Lvt, value: int) -> LapicEffect:
+    def _write_lvt(self, which: Lvt, value: int, _now: int) -> LapicEffect:
         if not self._s.spiv & _SW_ENABLE:
             value |= LVT_MASKED
         value &= self._lvt_writable(which)
         self._set_lvt(which, value)
         if which is not Lvt.TIMER:
-            return _NOTHING
+            return NO_EFFECT
         self.timer.set_mode(_TIMER_MODES[value >> 17 & 3])
         return _TIMER
 
@@ -587,4 +605,26 @@ class Lapic:
         self._hw = s.base & BaseMsr.EN != 0
         self._x2apic = s.base & (BaseMsr.EN | BaseMsr.EXTD) == BaseMsr.EN | BaseMsr.EXTD
         self._enabled = self._hw and s.spiv & _SW_ENABLE != 0
+        self.page = self.base_address if self._hw and not self._x2apic else _HIDDEN
         self._update_ppr()
+
+
+def _lvt_store(which: Lvt) -> Callable[[Lapic, int, int], LapicEffect]:
+    return lambda apic, value, now: apic._write_lvt(which, value, now)
+
+
+#: Who takes a store, by register.
+_STORES: Final[dict[int, Callable[[Lapic, int, int], LapicEffect]]] = {
+    Reg.EOI: Lapic._write_eoi,
+    Reg.ICR: Lapic._write_icr,
+    Reg.ICR2: Lapic._write_icr2,
+    Reg.TMICT: Lapic._write_tmict,
+    Reg.TDCR: Lapic._write_tdcr,
+    Reg.TPR: Lapic._write_tpr,
+    Reg.ID: Lapic._write_id,
+    Reg.LDR: Lapic._write_ldr,
+    Reg.DFR: Lapic._write_dfr,
+    Reg.SPIV: Lapic._write_spiv,
+    Reg.ESR: Lapic._write_esr,
+    **{Reg.LVTT + 0x10 * which: _lvt_store(which) for which in Lvt},
+}

@@ -14,7 +14,7 @@ from aiovm.lapic_timer import LapicTimerState
 if TYPE_CHECKING:
     from aiovm.lapic_message import IpiMessage
 
-__all__ = ["APIC_BASE", "LVT_MASKED", "LVT_WRITABLE", "BaseMsr", "LapicEffect", "LapicState", "Lvt", "Reg"]
+__all__ = ["APIC_BASE", "LVT_MASKED", "LVT_WRITABLE", "NO_EFFECT", "BaseMsr", "LapicEffect", "LapicState", "Lvt", "Reg"]
 
 #: Where the register page lies at reset.
 APIC_BASE: Final = 0xFEE0_0000
@@ -81,6 +81,10 @@ class LapicEffect(NamedTuple):
     event: bool = False
     timer: bool = False
     map_changed: bool = False
+
+
+#: Most accesses owe nothing: this very value.
+NO_EFFECT: Final = LapicEffect()
 
 
 @dataclass(slots=True)

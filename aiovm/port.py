@@ -5,19 +5,21 @@ in the same slice. What concerns other CPUs or the host's scheduler is not done 
 slice's own present moment, so that the world sees it in the right order.
 
 Guest nonsense gets the manual's answer: #GP for an MSR that does not exist, all ones from a port that nobody drives.
+MSRs are :mod:`aiovm.vcpu_msrs`'s.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiovm.control import read_dr, write_cr0, write_cr3, write_cr4, write_dr, write_efer
+from aiovm.control import read_dr, write_cr0, write_cr3, write_cr4, write_dr
 from aiovm.delivery import SHUTDOWN, deliver_event
 from aiovm.engine.base import Seg
 from aiovm.events import EventKind
 from aiovm.exits import Debug, Hlt, PauseLoop, Shutdown
 from aiovm.guest_debug import DebugControl, data_hits, instruction_hits
-from aiovm.page_walk import is_canonical
+from aiovm.lapic_registers import NO_EFFECT
+from aiovm.memory import PAGE
 from aiovm.paravirt import HypercallNumber, decode_hypercall
 from aiovm.requests import Request
 from aiovm.segmentation import Fault
@@ -28,7 +30,8 @@ from aiovm.vcpu_io import UserRange, within_page
 
 if TYPE_CHECKING:
     from aiovm.bus import Bus
-    from aiovm.lapic import Lapic, LapicEffect
+    from aiovm.lapic import Lapic
+    from aiovm.lapic_registers import LapicEffect
     from aiovm.vcpu import Vcpu
 
 __all__ = ["VcpuPort"]
@@ -37,18 +40,6 @@ _M64 = (1 << 64) - 1
 _OSXSAVE = 1 << 18
 _TASKPRI = 0x80
 _IF = 0x200
-
-_X2APIC_MSRS = range(0x800, 0x900)
-_TSC, _APIC_BASE, _TSC_ADJUST, _MISC_ENABLE, _DEADLINE, _EFER = 0x10, 0x1B, 0x3B, 0x1A0, 0x6E0, 0xC000_0080
-_SMBASE, _PAT, _TSC_AUX = 0x9E, 0x277, 0xC000_0103
-#: Memory types of the PAT (SDM vol. 3A, 12.12.2).
-_MEMORY_TYPES = frozenset({0, 1, 4, 5, 6, 7})
-#: MSRs inside the core whose value must be a canonical address (SDM vol. 4, table 2-2).
-_CANONICAL = frozenset({0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102})
-_CORE = _CANONICAL | {0x174, 0x277, 0xC000_0081, 0xC000_0084, 0xC000_0103}
-#: Read-only identity: platform id, microcode revision, feature control (locked), no machine-check banks and no status.
-_CONSTANT = {0x17: 0, 0x8B: 0, 0x3A: 1, 0x179: 0, 0x17A: 0}
-
 
 _RF, _DR6_BS, _DR6_FIXED, _DR7_FIXED = 1 << 16, 1 << 14, 0xFFFF_0FF0, 0x400
 #: With either, #DB is the debugger's, whoever caused it (``vmx.c`` handle_exception_nmi).
@@ -64,113 +55,34 @@ class VcpuPort:
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
         self.vm = vcpu.vm
+        self._same_leaves = self.vm.cpuid.same
 
-    # ---- CPUID and TSC -----------------------------------------------------------------------------------------
+    # ---- CPUID, TSC and MSRs ----------------------------------------------------------------------------------
 
     def on_cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        same = self._same_leaves.get(leaf)
+        if same is not None:
+            return same
         apic = self.vcpu.apic
         osxsave = bool(self.vcpu.context.state.cr4 & _OSXSAVE)
         return self.vm.cpuid.answer(leaf, subleaf, apic.apic_id, apic_enabled=apic.hw_enabled, osxsave=osxsave)
 
     def on_rdtsc(self) -> int:
-        return self.vcpu.tsc.read(self.vm.read_tsc())
-
-    # ---- MSRs ------------------------------------------------------------------------------------------------------
+        return self.vcpu.msrs.read_tsc()
 
     def on_rdmsr(self, index: int) -> int | None:
-        value = self.read_msr(index)
+        value = self.vcpu.msrs.read(index)
         if value is None:
             self._unknown(index, 0)
             self.inject(13, 0)
         return value
 
     def on_wrmsr(self, index: int, value: int) -> bool:
-        if self.write_msr(index, value):
+        if self.vcpu.msrs.write(index, value):
             return True
         self._unknown(index, value)
         self.inject(13, 0)
         return False
-
-    def read_msr(self, index: int, *, host_initiated: bool = False) -> int | None:
-        """RDMSR, or the embedding program's look; None is #GP."""
-        vcpu = self.vcpu
-        if index == _DEADLINE:
-            return vcpu.apic.read_deadline()
-        if index in _X2APIC_MSRS:
-            return self._apic().msr_read(index, self.vm.clock.now())
-        if index == _APIC_BASE:
-            return vcpu.apic.apic_base
-        if index == _TSC:
-            return self.on_rdtsc()
-        if index == _TSC_ADJUST:
-            return vcpu.tsc.adjust
-        if index == _MISC_ENABLE:
-            return vcpu.ia32_misc_enable_msr
-        if index == _SMBASE:
-            return vcpu.smbase if vcpu.events.s.smm or host_initiated else None
-        if index in _CORE or index == _EFER:
-            return vcpu.context.read_msr(index)
-        if index in _CONSTANT:
-            return _CONSTANT[index]
-        return vcpu.pv.read_msr(index)
-
-    def write_msr(self, index: int, value: int, *, host_initiated: bool = False) -> bool:
-        """WRMSR, or the embedding program's store; False is #GP."""
-        vcpu = self.vcpu
-        if index in _CORE:
-            if not (is_canonical(value) if index in _CANONICAL else _core_msr_takes(index, value)):
-                return False
-            vcpu.context.write_msr(index, value)
-            return True
-        now = self.vm.clock.now()
-        if index == _DEADLINE:
-            vcpu.apic.write_deadline(value, self._deadline_ns(value), now)
-            vcpu.arm_timer()
-            return True
-        if index in _X2APIC_MSRS:
-            effect = self._apic().msr_write(index, value, now)
-            if effect is not None:
-                self.apply(effect)
-            return effect is not None
-        if index == _APIC_BASE:
-            if not vcpu.apic.set_apic_base(value, host_initiated=host_initiated):
-                return False
-            self.vm.apic_map_changed()
-            return True
-        if index == _TSC:
-            (vcpu.tsc.host_write if host_initiated else vcpu.tsc.write)(value, self.vm.read_tsc())
-            return True
-        if index == _TSC_ADJUST:
-            vcpu.tsc.write_adjust(value, host_initiated=host_initiated)
-            return True
-        if index == _MISC_ENABLE:
-            vcpu.ia32_misc_enable_msr = value
-            return True
-        if index == _SMBASE and host_initiated:
-            vcpu.smbase = value & 0xFFFF_FFFF
-            return value >> 32 == 0
-        if index == _EFER:
-            return write_efer(vcpu.context.state, value)
-        return index in _CONSTANT or self._write_kvm_msr(index, value, host_initiated=host_initiated)
-
-    def _write_kvm_msr(self, index: int, value: int, *, host_initiated: bool) -> bool:
-        """What a store owes is done at once: the guest reads its clock record right after it has registered it."""
-        vcpu, vm = self.vcpu, self.vm
-        effect = vcpu.pv.write_msr(index, value, host_initiated=host_initiated)
-        if effect is None:
-            return False
-        if effect.wall_clock is not None:
-            vm.kvmclock.write_wall_clock(vm.memory, effect.wall_clock, vm.clock.now(), vm.wall_ns())
-        if effect.requests:
-            for request in effect.requests:
-                vcpu.make_request(request)
-            vcpu.service_paravirt()
-            self.update_irq_window()
-        return True
-
-    def _deadline_ns(self, tsc: int) -> int:
-        """When the guest's TSC reaches ``tsc``, in ns of the machine's clock."""
-        return self.vm.tsc_to_ns(self.vcpu.tsc.reach(tsc, self.vm.read_tsc()))
 
     # ---- ports and MMIO --------------------------------------------------------------------------------------------
 
@@ -195,11 +107,11 @@ class VcpuPort:
     def on_mmio_read(self, gpa: int, size: int) -> int:
         vm, vcpu = self.vm, self.vcpu
         vcpu.stat.mmio_exits += 1
-        offset = vcpu.apic.page_offset(gpa)
-        if offset >= 0:
+        offset = gpa - vcpu.apic.page
+        if 0 <= offset < PAGE:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=False)
-            return self._apic().mmio_read(offset, size, vm.clock.now())
+            return self.up_to_date_apic().mmio_read(offset, size, vm.clock.now())
         value = vm.mmio.read(gpa, size, vm.clock.now())
         if value is None:
             self._unknown(gpa, 0)
@@ -209,11 +121,13 @@ class VcpuPort:
     def on_mmio_write(self, gpa: int, size: int, value: int) -> None:
         vm, vcpu = self.vm, self.vcpu
         vcpu.stat.mmio_exits += 1
-        offset = vcpu.apic.page_offset(gpa)
-        if offset >= 0:
+        offset = gpa - vcpu.apic.page
+        if 0 <= offset < PAGE:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=True)
-            self.apply(self._apic().mmio_write(offset, size, value, vm.clock.now()))
+            effect = self.up_to_date_apic().mmio_write(offset, size, value, vm.clock.now())
+            if effect is not NO_EFFECT:
+                self.apply(effect)
         elif not self._store(vm.mmio, gpa, size, value):
             self._unknown(gpa, value)
 
@@ -226,7 +140,7 @@ class VcpuPort:
         return claimed
 
     def is_users(self, gpa: int, size: int) -> bool:
-        if self.vcpu.apic.page_offset(gpa) >= 0:
+        if 0 <= gpa - self.vcpu.apic.page < PAGE:
             return False
         found = self.vm.mmio.find(gpa, size)
         return found is not None and isinstance(found[0], UserRange)
@@ -241,7 +155,7 @@ class VcpuPort:
         self.vm.engine.leave(exit_)
         return True
 
-    def _apic(self) -> Lapic:
+    def up_to_date_apic(self) -> Lapic:
         """The local APIC, up to date: an interrupt that the guest ended in memory is ended there too."""
         vcpu = self.vcpu
         if vcpu.pv.eoi.pending:
@@ -271,12 +185,12 @@ class VcpuPort:
 
     def on_cr_read(self, register: int) -> int | None:
         if register == 8:
-            return self._apic().cr8
+            return self.up_to_date_apic().cr8
         return None
 
     def on_cr_write(self, register: int, value: int) -> bool:
         if register == 8 and not value >> 4:
-            self.apply(self._apic().write_cr8(value))
+            self.apply(self.up_to_date_apic().write_cr8(value))
             return True
         write = _CR_WRITES.get(register)
         if write is None:
@@ -527,10 +441,3 @@ class VcpuPort:
 
     def on_pause_loop(self) -> None:
         self.vm.engine.leave(PauseLoop(kernel_mode=self.vcpu.context.state.cpl == 0))
-
-
-def _core_msr_takes(index: int, value: int) -> bool:
-    """Whether an MSR of the core's that holds no address takes ``value``; what it has no bits for is dropped."""
-    if index == _PAT:
-        return all(byte in _MEMORY_TYPES for byte in value.to_bytes(8, "little"))
-    return index != _TSC_AUX or not value >> 32

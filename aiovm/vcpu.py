@@ -47,6 +47,7 @@ from aiovm.trace import Kind
 from aiovm.tsc import GuestTsc
 from aiovm.vcpu_arch import VcpuArch
 from aiovm.vcpu_io import UserIo
+from aiovm.vcpu_msrs import VcpuMsrs
 from aiovm.vcpu_state import VcpuIoctls
 
 if TYPE_CHECKING:
@@ -319,6 +320,11 @@ class Vcpu(VcpuIoctls):
         self.tpr_access = TprAccess(self.context.state.rip, is_write)
         self.make_request(Request.REPORT_TPR_ACCESS)
         self.vm.clock.lower_limit(self.vm.clock.now())
+
+    @cached_property
+    def msrs(self) -> VcpuMsrs:
+        """What RDMSR and WRMSR reach."""
+        return VcpuMsrs(self)
 
     @cached_property
     def arch(self) -> VcpuArch:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from aiovm.machine import Machine
     from aiovm.paravirt import Paravirt
     from aiovm.port import VcpuPort
+    from aiovm.vcpu_msrs import VcpuMsrs
 
 __all__ = ["MSR_INDEX_LIST", "VcpuIoctls"]
 
@@ -88,6 +89,8 @@ class VcpuIoctls:
 
     if TYPE_CHECKING:
 
+        @property
+        def msrs(self) -> VcpuMsrs: ...
         def make_request(self, request: Request) -> None: ...
         def kick(self, source: int = -1) -> None: ...
         def arm_timer(self) -> None: ...
@@ -327,7 +330,7 @@ class VcpuIoctls:
         self._between_slices("get_msrs")
         found = {}
         for index in indices:
-            value = self.port.read_msr(index, host_initiated=True)
+            value = self.msrs.read(index, host_initiated=True)
             if value is None:
                 raise ConfigError(f"MSR {index:#x} does not exist or cannot be read now")
             found[index] = value
@@ -337,7 +340,7 @@ class VcpuIoctls:
         """KVM_SET_MSRS: the host's stores, in this order. One that is refused ends them; those before it are done."""
         self._between_slices("set_msrs")
         for index, value in values.items():
-            if not 0 <= value < 1 << 64 or not self.port.write_msr(index, value, host_initiated=True):
+            if not 0 <= value < 1 << 64 or not self.msrs.write(index, value, host_initiated=True):
                 raise ConfigError(f"MSR {index:#x} does not take {value:#x}")
 
     def kvmclock_ctrl(self) -> None:

@@ -542,8 +542,8 @@ def test_rdrand_does_not_exist(code):
 @pytest.mark.parametrize(("prefixes", "length"), [("", 2), ("66", 3), ("2e48", 4), ("f266", 4)])
 def test_syscall_returns_behind_its_prefixes(prefixes, length):
     def targets(vm):
-        vm.vcpus[0].port.write_msr(0xC000_0081, CODE0 << 32)
-        vm.vcpus[0].port.write_msr(0xC000_0082, 0x9000)
+        vm.vcpus[0].msrs.write(0xC000_0081, CODE0 << 32)
+        vm.vcpus[0].msrs.write(0xC000_0082, 0x9000)
 
     end = bare(prefixes + "0f05", setup=targets, more={0x9000: END})
     assert (end.gpr[1], end.rip) == (CODE + length, 0x9002)
@@ -552,7 +552,7 @@ def test_syscall_returns_behind_its_prefixes(prefixes, length):
 def test_sysenter_goes_where_it_should_whatever_its_prefixes():
     def targets(vm):
         for msr, value in ((0x174, CODE0), (0x175, STACK0), (0x176, 0x9000)):
-            vm.vcpus[0].port.write_msr(msr, value)
+            vm.vcpus[0].msrs.write(msr, value)
 
     assert bare("662e" + "0f34", setup=targets, more={0x9000: END}).rip == 0x9002
 

@@ -136,3 +136,11 @@ def test_the_subleaf_matters_only_where_there_is_one():
     t = table()
     assert t.answer(1, 99, 0) == t.answer(1, 0, 0)
     assert t.answer(0x8000_0001, 5, 0) == t.answer(0x8000_0001, 0, 0)
+
+
+def test_leaves_that_are_the_same_everywhere():
+    t = table(4)
+    assert {0, 2, 6, 0x8000_0001, 0x4000_0001} <= t.same.keys()
+    assert not {1, 4, 7, 0xB, 0xD} & t.same.keys()
+    for leaf, found in t.same.items():
+        assert found == t.answer(leaf, 0, 0) == t.answer(leaf, 5, 3, apic_enabled=False, osxsave=True)

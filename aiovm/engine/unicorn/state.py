@@ -39,7 +39,16 @@ _SS_FLAGS = _SEGMENT_AT[Seg.SS] + 20 >> 2
 _CR3, _RFLAGS, _ALL_REGS = 1 << 18, 1 << 19, (1 << 21) - 1
 #: Bit 1 of a task-state segment's type.
 _BUSY = 0x200
-_BASES = tuple(_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
+_DS_BASE, _ES_BASE, _SS_BASE = (_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
+#: Names of one look-up: these are read at every exit.
+_CPL, _SHADOW, _CS64, _NMI = Hf.CPL, Hf.INHIBIT_IRQ, Hf.CS64, Hf2.NMI
+_KEPT = _CPL | _SHADOW | Hf.GUEST | Hf.IOBPT
+_FROM_CR0 = Hf.MP | Hf.EM | Hf.TS
+_PE, _LMA, _CS32, _SS32, _ADDSEG = Hf.PE, Hf.LMA, Hf.CS32, Hf.SS32, Hf.ADDSEG
+_OSFXSR, _SMAP = Hf.OSFXSR, Hf.SMAP
+_LONG_CODE = _LMA | _CS32 | _SS32 | _CS64
+_HFLAGS2 = Env.HFLAGS2 >> 2
+_VM = 1 << 17
 
 
 class EnvState:
@@ -95,9 +104,11 @@ class EnvState:
         self.q[(Env.CC_DST >> 3) + 1] = value & _CC
         self.d[Env.CC_OP >> 2] = _CC_OP_EFLAGS
         self.d[Env.DF >> 2] = 0xFFFF_FFFF if value & _DF else 1
+        moved = (self.q[_EFLAGS] ^ value) & _VM
         self.q[_EFLAGS] = value & 0xFFFF_FFFF & ~(_CC | _DF) | 2
         self.flags_changed = True
-        self._derive()
+        if moved:
+            self._derive()
 
     def fold_flags(self) -> None:
         """Before the core is entered: it takes all flags from the register, and spreads them by itself."""
@@ -180,33 +191,33 @@ class EnvState:
 
     @property
     def cpl(self) -> int:
-        value: int = self.d[_HFLAGS] & Hf.CPL
+        value: int = self.d[_HFLAGS] & _CPL
         return value
 
     @cpl.setter
     def cpl(self, value: int) -> None:
-        self.d[_HFLAGS] = self.d[_HFLAGS] & ~Hf.CPL | value & 3
+        self.d[_HFLAGS] = self.d[_HFLAGS] & ~_CPL | value & 3
 
     @property
     def interrupt_shadow(self) -> bool:
-        return bool(self.d[_HFLAGS] & Hf.INHIBIT_IRQ)
+        return self.d[_HFLAGS] & _SHADOW != 0
 
     @interrupt_shadow.setter
     def interrupt_shadow(self, value: bool) -> None:
-        self.d[_HFLAGS] = self.d[_HFLAGS] & ~Hf.INHIBIT_IRQ | (Hf.INHIBIT_IRQ if value else 0)
+        self.d[_HFLAGS] = self.d[_HFLAGS] & ~_SHADOW | (_SHADOW if value else 0)
 
     @property
     def nmi_masked(self) -> bool:
         """NMIs are blocked until the next IRET, which the core itself executes."""
-        return bool(self.d[Env.HFLAGS2 >> 2] & Hf2.NMI)
+        return self.d[_HFLAGS2] & _NMI != 0
 
     @nmi_masked.setter
     def nmi_masked(self, value: bool) -> None:
-        self.d[Env.HFLAGS2 >> 2] = self.d[Env.HFLAGS2 >> 2] & ~Hf2.NMI | (Hf2.NMI if value else 0)
+        self.d[_HFLAGS2] = self.d[_HFLAGS2] & ~_NMI | (_NMI if value else 0)
 
     @property
     def long_mode(self) -> bool:
-        return bool(self.d[_HFLAGS] & Hf.CS64)
+        return self.d[_HFLAGS] & _CS64 != 0
 
     # ---- segments and tables -------------------------------------------------------------------------------------
 
@@ -231,7 +242,7 @@ class EnvState:
         d[at + 20 >> 2] = flags
         if which <= Seg.DS:
             if which == Seg.SS:
-                d[_HFLAGS] = d[_HFLAGS] & ~Hf.CPL | value.flags >> 13 & 3
+                d[_HFLAGS] = d[_HFLAGS] & ~_CPL | value.flags >> 13 & 3
             self._derive()
 
     @property
@@ -257,28 +268,27 @@ class EnvState:
     def _derive(self) -> None:
         """Recompute the mode and size bits of hflags; CPL, the shadow and the intercept bits stay."""
         d, q = self.d, self.q
-        flags = d[_HFLAGS] & (Hf.CPL | Hf.INHIBIT_IRQ | Hf.GUEST | Hf.IOBPT)
-        cr0, cr4, eflags = q[_CR0], q[_CR0 + 4], q[_EFLAGS]
+        cr0, eflags, cs = q[_CR0], q[_EFLAGS], d[_CS_FLAGS]
+        flags = d[_HFLAGS] & _KEPT | (cr0 << 8) & _FROM_CR0  # CR0 bits 1-3 -> hflags 9-11
         if cr0 & 1:
-            flags |= Hf.PE
-        flags |= (cr0 << 8) & (Hf.MP | Hf.EM | Hf.TS)  # CR0 bits 1-3 -> hflags 9-11
+            flags |= _PE
+        cr4 = q[_CR0 + 4]
         if cr4 & 0x200:
-            flags |= Hf.OSFXSR
+            flags |= _OSFXSR
         if cr4 & 0x20_0000:
-            flags |= Hf.SMAP
-        cs = d[_CS_FLAGS]
+            flags |= _SMAP
         lma = q[_EFER] & 0x400
-        if lma:
-            flags |= Hf.LMA
         if lma and cs & 0x20_0000:
-            flags |= Hf.CS32 | Hf.SS32 | Hf.CS64
+            flags |= _LONG_CODE
         else:
+            if lma:
+                flags |= _LMA
             if cs & 0x40_0000:
-                flags |= Hf.CS32
+                flags |= _CS32
             if d[_SS_FLAGS] & 0x40_0000:
-                flags |= Hf.SS32
-            if not cr0 & 1 or eflags & 0x2_0000 or not flags & Hf.CS32 or q[_BASES[0]] | q[_BASES[1]] | q[_BASES[2]]:
-                flags |= Hf.ADDSEG
-        if eflags & 0x2_0000 and cr0 & 1:
+                flags |= _SS32
+            if not cr0 & 1 or eflags & _VM or not flags & _CS32 or q[_DS_BASE] | q[_ES_BASE] | q[_SS_BASE]:
+                flags |= _ADDSEG
+        if eflags & _VM and cr0 & 1:
             flags |= 3  # virtual-8086 code runs at CPL 3
         d[_HFLAGS] = flags
