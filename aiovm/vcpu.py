@@ -250,6 +250,11 @@ class Vcpu(VcpuIoctls):
         if self.events.s.nmi_masked and not self.context.state.nmi_masked:
             self.events.nmi_done()
 
+    def process_nmi(self) -> None:
+        """Take the NMIs in that have arrived, as many as can be remembered."""
+        self.sync_nmi_mask()
+        self.events.fold_nmi()
+
     # ---- what ends run() from outside ------------------------------------------------------------------------------
 
     @property
@@ -543,8 +548,7 @@ class Vcpu(VcpuIoctls):
         if check(Request.SMI):
             self.events.queue_smi()
         if check(Request.NMI):
-            self.sync_nmi_mask()
-            self.events.fold_nmi()
+            self.process_nmi()
         check(Request.UNBLOCK)
         if check(Request.EVENT):
             self._accept_apic_events()

@@ -581,6 +581,7 @@ class Vm(VmIoctls, VmRest):
                 self._accept(source, target, message)
                 source.port.update_irq_window()
                 if message.mode is DeliveryMode.NMI:
+                    source.process_nmi()  # now: by the window's time it may be unmasked, and more would be remembered
                     source.context.request_nmi_window(wanted=True)
             else:
                 self.post(self.clock.now() + self.costs.ipi_ns, partial(self._accept, source, target, message))
@@ -654,9 +655,11 @@ class Vm(VmIoctls, VmRest):
             return wanted
         mode = DeliveryMode(wanted.delivery_mode)
         level, trigger = bool(wanted.icr & 0x4000), bool(wanted.icr & 0x8000)
+        present = {lapic.apic_id for lapic in self.lapics if lapic.hw_enabled}  # none of these ids is a broadcast
         return sum(
             self._send(vcpu, IpiMessage(wanted.vector, mode, False, level, trigger, Shorthand.NONE, apic_id))
             for apic_id in wanted.apic_ids
+            if apic_id in present
         )
 
     # ---- for people ------------------------------------------------------------------------------------------------

@@ -96,17 +96,19 @@ class SendIpi(NamedTuple):
 
 
 def decode_send_ipi(args: tuple[int, int, int, int], *, long_mode: bool) -> SendIpi | int:
-    """KVM_HC_SEND_IPI: two bitmap words, the id of the first bit, the ICR; or the error that it returns."""
+    """KVM_HC_SEND_IPI: two bitmap words, the id of the first bit, the ICR; or the error that it returns.
+
+    Ids do not wrap around.
+    """
     low, high, first, icr = args
     if icr & _ICR_SHORTHAND_OR_LOGICAL:
         return _EINVAL
     width = 64 if long_mode else 32
     bitmap = low & mask(width) | (high & mask(width)) << width
-    first &= mask(32)
     ids = []
     while bitmap:
         lowest = (bitmap & -bitmap).bit_length() - 1
-        ids.append((first + lowest) & mask(32))
+        ids.append(first + lowest)
         bitmap &= bitmap - 1
     return SendIpi(tuple(ids), icr & mask(32))
 

@@ -813,3 +813,46 @@ def test_cpuid_tells_osxsave():
 @pytest.mark.parametrize("code", ["660fae3c25", "660fae3425"])
 def test_clflushopt_and_clwb_are_executed(code):
     assert bare(code + "00000500" + END).rip == CODE + 9 + 2  # [0x50000]
+
+
+# ---- interrupts --------------------------------------------------------------------------------------------------
+
+
+def test_an_nmi_that_comes_in_a_shadow_is_not_lost():
+    def setup(vm):
+        vm.vcpus[0].context.state.interrupt_shadow = True  # as behind STI
+        vm.vcpus[0].inject_nmi()
+
+    end = bare("90" + "ebfe", flags=0x202, setup=setup)  # nop; jmp $
+    assert (end.status, end.fault_rip) == (2 << 1 | 1, CODE + 1)
+
+
+def test_one_nmi_is_remembered_while_another_is_served():
+    """SDM vol. 3A, 6.7.1: the handler sends itself three, and gets one."""
+    handler = 0x1_9000
+    more = {
+        # inc ebx; cmp ebx, 1; jne out; mov eax, 0xfee00300; mov ecx, 0x400; mov [rax], ecx three times; out: iretq
+        handler: "ffc3" + "83fb01" + "7510" + "b80003e0fe" + "b900040000" + "8908" * 3 + "48cf",
+        TABLES + 0x1000 + 24: struct.pack("<Q", 0xC000_0087),
+    }
+
+    def setup(vm):
+        _gate(vm, 2, handler)
+        vm.lapics[0].mmio_write(0xF0, 4, 0x1FF, 0)
+
+    # xor ebx, ebx; mov eax, 0xfee00300; mov ecx, 0x400; mov [rax], ecx; then a loop of jumps
+    code = "31db" + "b80003e0fe" + "b900040000" + "8908" + "b910000000" + "eb00" + "ffc9" + "75fa"
+    assert bare(code + END, setup=setup, more=more).gpr[3] == 2
+
+
+def test_paravirtual_ipis_know_no_broadcast():
+    """KVM_HC_SEND_IPI looks up each id (``__pv_send_ipi``): 0xFF and 0xFFFFFFFF are nobody's, and none wraps around."""
+    # mov eax, 10; mov ebx, 3; xor ecx, ecx; mov edx, id; mov esi, 0x40; vmcall
+    for first, reached in (("ff000000", 0), ("ffffffff", 0), ("01000000", 1), ("00000000", 2)):
+        code = "b80a000000" + "bb03000000" + "31c9" + "ba" + first + "be40000000" + "0f01c1"
+
+        def setup(vm):
+            for lapic in vm.lapics:
+                lapic.mmio_write(0xF0, 4, 0x1FF, 0)
+
+        assert bare(code + END, vcpus=2, setup=setup).gpr[0] == reached, first

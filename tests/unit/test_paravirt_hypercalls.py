@@ -61,9 +61,9 @@ def test_send_ipi_refuses_shorthands_and_logical_destinations(icr):
     assert decode_send_ipi((1, 0, 0, icr), long_mode=True) == -22
 
 
-def test_send_ipi_of_nothing_and_wrapping_ids():
+def test_send_ipi_of_nothing_and_ids_do_not_wrap():
     assert decode_send_ipi((0, 0, 0, 0xFD), long_mode=True).apic_ids == ()
-    assert decode_send_ipi((0b11, 0, 0xFFFF_FFFF, 0xFD), long_mode=True).apic_ids == (0xFFFF_FFFF, 0)
+    assert decode_send_ipi((0b11, 0, 0xFFFF_FFFF, 0xFD), long_mode=True).apic_ids == (0xFFFF_FFFF, 0x1_0000_0000)
 
 
 @pytest.mark.parametrize(

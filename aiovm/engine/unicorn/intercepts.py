@@ -182,14 +182,9 @@ class Intercepts:
         context.port.on_irq_window()
 
     def _nmi_window(self, context: UnicornContext, _number: int) -> None:
-        """NMIs are open. In a shadow the slice ends behind the next instruction, and the entry looks again."""
         context.nmi_window = False
         self._engine.apply_windows(context)
-        if context.state.interrupt_shadow:
-            cells = self._engine.cells
-            cells[1] = min(cells[1], cells[0] + 1)
-        else:
-            context.port.on_nmi_window()
+        context.port.on_nmi_window()
 
     # ---- events ------------------------------------------------------------------------------------------------------
 
@@ -353,8 +348,8 @@ class Intercepts:
 
 
 def interrupt_costs(costs: Costs) -> dict[int, int]:
-    """ns by interrupt number. KVM itself intercepts neither exceptions, RDTSC nor loads of CR0, and windows come with an
-    entry."""
+    """ns by interrupt number. KVM itself intercepts neither exceptions, RDTSC nor loads of CR0, and windows come with
+    an entry."""
     leaving = (
         Intercept.CPUID, Intercept.MSR, Intercept.HLT, Intercept.RDPMC, Intercept.RSM, Intercept.TR_WRITE,
         *range(Intercept.CR0_READ + 1, Intercept.DR0_WRITE + 16),
