@@ -21,11 +21,13 @@ Modelled also: Accessed bits of CS and SS, the interrupt shadow's end. Not model
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.events import EventKind, combine
-from aiovm.page_walk import PagingRegs, is_canonical
+from aiovm.memory import NoMemory
+from aiovm.page_walk import Access, PagingRegs, is_canonical
 from aiovm.segmentation import (
     Fault,
     load_descriptor,
@@ -35,6 +37,7 @@ from aiovm.segmentation import (
     segment_of,
     write_system,
 )
+from aiovm.table_cache import Handler, TableCache, TableSet
 from aiovm.task_switch import switch_task
 
 if TYPE_CHECKING:
@@ -54,6 +57,9 @@ _NT: Final = 1 << 14
 _RF: Final = 1 << 16
 _VM: Final = 1 << 17
 _AC: Final = 1 << 18
+#: What a gate leaves of RFLAGS.
+_KEPT: Final = ~(_TF | _NT | _RF | _VM)
+_RSP: Final = int(Reg.RSP)
 _DR7_GD: Final = 1 << 13
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -76,14 +82,15 @@ def deliver(
     kind: EventKind,
     error_code: int | None = None,
     return_rip: int | None = None,
+    tables: TableCache | None = None,
 ) -> Fault | None:
     """Enter ``vector``'s handler; or answer the fault that doing so raised.
 
-    ``return_rip``: what is pushed, by default RIP; for software events the address after the instruction.
+    ``return_rip``: what is pushed, by default RIP; for software events the address after the instruction. ``tables``:
+    what was found before, for whoever delivers often.
     """
     kind_ = int(kind)
-    regs = PagingRegs.of(cpu)
-    rflags = regs.rflags
+    rflags = cpu.rflags
     if kind_ == _EXCEPTION:
         if vector not in _NOT_FAULTS:
             rflags |= _RF
@@ -92,16 +99,18 @@ def deliver(
     asks = kind_ & 5 == 4
     rip = cpu.rip if return_rip is None else return_rip
     fault: Fault | None
-    if regs.efer & _LMA:
-        fault = _deliver_long(cpu, memory, regs, vector, error_code, asks, rip, rflags)
-    elif not regs.cr0 & _PE:
-        fault = _deliver_real(cpu, memory, regs, vector, rip, rflags)
+    if cpu.efer & _LMA:
+        known = TableSet(cpu, memory) if tables is None else tables.of(cpu)
+        fault = _deliver_long(cpu, memory, known, vector, error_code, asks, rip, rflags)
+    elif not cpu.cr0 & _PE:
+        fault = _deliver_real(cpu, memory, PagingRegs.of(cpu), vector, rip, rflags)
     elif rflags & _VM and kind_ == _SOFT_INT and rflags >> 12 & 3 < 3:
         fault = Fault(13, 0)  # INT n in virtual-8086 mode needs IOPL 3
     else:
-        fault = _deliver_protected(cpu, memory, regs, vector, error_code, asks, rip, rflags)
+        fault = _deliver_protected(cpu, memory, PagingRegs.of(cpu), vector, error_code, asks, rip, rflags)
     if fault is None:
-        cpu.interrupt_shadow = False
+        if cpu.interrupt_shadow:
+            cpu.interrupt_shadow = False
         if vector == 1 and kind_ in (_EXCEPTION, _ICEBP):
             cpu.set_dr(7, cpu.get_dr(7) & ~_DR7_GD)
     return fault
@@ -115,16 +124,17 @@ def deliver_event(
     kind: EventKind,
     error_code: int | None = None,
     return_rip: int | None = None,
+    tables: TableCache | None = None,
 ) -> int:
     """Deliver, and whatever faults arise from it: the vector that reached its handler, or :data:`SHUTDOWN`.
 
     CR2 follows each page fault, delivered or not.
     """
+    fault = deliver(cpu, memory, vector, kind=kind, error_code=error_code, return_rip=return_rip, tables=tables)
+    if fault is None:
+        return vector
     exception = vector if kind in (EventKind.EXCEPTION, EventKind.ICEBP, EventKind.SOFT_EXC) else None
-    while True:
-        fault = deliver(cpu, memory, vector, kind=kind, error_code=error_code, return_rip=return_rip)
-        if fault is None:
-            return vector
+    while fault is not None:
         if fault.vector == 14:
             cpu.cr2 = fault.cr2
         following = fault.vector if exception is None else combine(exception, fault.vector)
@@ -132,7 +142,8 @@ def deliver_event(
             return SHUTDOWN
         vector = exception = following
         error_code = fault.error_code if following == fault.vector else 0
-        kind, return_rip = EventKind.EXCEPTION, None
+        fault = deliver(cpu, memory, vector, kind=EventKind.EXCEPTION, error_code=error_code, tables=tables)
+    return vector
 
 
 # ---- real mode ---------------------------------------------------------------------------------------------------
@@ -294,7 +305,7 @@ def _inner_stack(
 def _deliver_long(
     cpu: CpuState,
     memory: GuestMemory,
-    regs: PagingRegs,
+    known: TableSet,
     vector: int,
     error_code: int | None,
     asks_privilege: bool,
@@ -306,7 +317,56 @@ def _deliver_long(
     This path is hot: timer ticks, IPIs and page faults of 64-bit kernels.
     """
     ext = 0 if asks_privilege else 1
-    cpl = regs.cpl
+    cpl = cpu.cpl
+    handler = known.handler(vector)
+    if handler is None or handler.dpl > cpl or (asks_privilege and handler.gate_dpl < cpl):
+        looked = _handler_long(cpu, memory, known.regs, vector, asks_privilege, cpl)
+        if isinstance(looked, Fault):
+            return looked
+        handler = looked
+    inner = handler.dpl < cpl and not handler.conforming
+
+    old_rsp = rsp = cpu.gpr[_RSP]
+    if handler.ist or inner:
+        tr = cpu.segment(Seg.TR)
+        offset = 28 + 8 * handler.ist if handler.ist else 4 + 8 * handler.dpl
+        if offset + 7 > tr.limit:
+            return Fault(10, tr.selector & 0xFFFC | ext)
+        found = read_system(memory, known.regs, tr.base + offset, 8)
+        if isinstance(found, Fault):
+            return found
+        rsp = found
+    old_cs = cpu.segment(Seg.CS)
+    frame = rip, old_cs.selector, rflags, old_rsp, cpu.selector(Seg.SS)
+    data = _FRAME.pack(*frame) if error_code is None else _FRAME_WITH_ERROR.pack(error_code, *frame)
+    top = rsp & ~0xF
+    rsp = top - len(data) & _M64
+    if not is_canonical(rsp) or not is_canonical(top - 1 & _M64):
+        return Fault(12, ext)
+    if not is_canonical(handler.target):
+        return Fault(13, ext)
+    fault = _push_long(memory, known, rsp, data)
+    if fault is not None:
+        return fault
+
+    rflags &= _KEPT
+    cpu.rflags = rflags if handler.is_trap else rflags & ~_IF
+    cpu.gpr[_RSP] = rsp
+    cpu.rip = handler.target
+    cs = handler.segments[handler.dpl if inner else cpl]
+    if cs != old_cs:  # kernel to kernel: a load is dear, and changes nothing
+        cpu.set_segment(Seg.CS, cs)
+    if inner:
+        cpu.set_segment(Seg.SS, Segment(handler.dpl, 0, 0, handler.dpl << 13))
+        cpu.cpl = handler.dpl
+    return None
+
+
+def _handler_long(
+    cpu: CpuState, memory: GuestMemory, regs: PagingRegs, vector: int, asks_privilege: bool, cpl: int
+) -> Handler | Fault:
+    """The gate and its code segment, every check in its order."""
+    ext = 0 if asks_privilege else 1
     base, limit = cpu.idt
     at = vector * 16
     if at + 15 > limit:
@@ -319,48 +379,16 @@ def _deliver_long(
         return Fault(13, vector << 3 | 2 | ext)
     if not gate & 0x8000_0000_0000:
         return Fault(11, vector << 3 | 2 | ext)
-    selector = gate >> 16 & 0xFFFF
-    descriptor = _handler_code(cpu, memory, regs, selector, cpl, ext)
-    if isinstance(descriptor, Fault):
-        return descriptor
-    dpl = descriptor >> 45 & 3
-    inner = dpl < cpl and not descriptor & 1 << 42
+    descriptor = _handler_code(cpu, memory, regs, gate >> 16 & 0xFFFF, cpl, ext)
+    return descriptor if isinstance(descriptor, Fault) else Handler.of(gate, descriptor)
 
-    old_rsp = rsp = cpu.gpr[Reg.RSP]
-    ist = gate >> 32 & 7
-    if ist or inner:
-        tr = cpu.segment(Seg.TR)
-        offset = 28 + 8 * ist if ist else 4 + 8 * dpl
-        if offset + 7 > tr.limit:
-            return Fault(10, tr.selector & 0xFFFC | ext)
-        found = read_system(memory, regs, tr.base + offset, 8)
-        if isinstance(found, Fault):
-            return found
-        rsp = found
-    target = gate & 0xFFFF | gate >> 32 & 0xFFFF_FFFF_FFFF_0000
-    old_cs, old_ss = cpu.segment(Seg.CS), cpu.segment(Seg.SS).selector
-    if error_code is None:
-        data = _FRAME.pack(rip, old_cs.selector, rflags, old_rsp, old_ss)
-    else:
-        data = _FRAME_WITH_ERROR.pack(error_code, rip, old_cs.selector, rflags, old_rsp, old_ss)
-    top = rsp & ~0xF
-    rsp = top - len(data) & _M64
-    if not is_canonical(rsp) or not is_canonical(top - 1 & _M64):
-        return Fault(12, ext)
-    if not is_canonical(target):
-        return Fault(13, ext)
-    fault = write_system(memory, regs, rsp, data, 8)
-    if fault is not None:
-        return fault
 
-    rflags &= ~(_TF | _NT | _RF | _VM)
-    cpu.rflags = rflags if type_ & 1 else rflags & ~_IF
-    cpu.gpr[Reg.RSP] = rsp
-    cpu.rip = target
-    cs = segment_of(selector & 0xFFFC | (dpl if inner else cpl), descriptor)
-    if cs != old_cs:  # kernel to kernel: a load is dear, and changes nothing
-        cpu.set_segment(Seg.CS, cs)
-    if inner:
-        cpu.set_segment(Seg.SS, Segment(dpl, 0, 0, dpl << 13))
-        cpu.cpl = dpl
-    return None
+def _push_long(memory: GuestMemory, known: TableSet, rsp: int, data: bytes) -> Fault | None:
+    """The frame, in one store where it lies in one page."""
+    if (rsp & 0xFFF) + len(data) <= 4096:
+        gpa = known.page(rsp, Access.WRITE)
+        if gpa >= 0:
+            with suppress(NoMemory):  # dropped, as by a bus
+                memory.write(gpa, data)
+            return None
+    return write_system(memory, known.regs, rsp, data, 8)

@@ -66,6 +66,8 @@ class Memslot:
     bytes_: memoryview
     words: memoryview
     host_address: int
+    #: The host may store here as the guest does: the slot is not READONLY.
+    writable: bool
     dirty: bytearray | None = None
     seen: bytearray | None = None
 
@@ -149,7 +151,8 @@ class GuestMemory:
                 raise ConfigError(f"memslot {slot_id}: backing must be writable and {size:#x} bytes long (EINVAL)")
             view = view[:size]
             address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-            new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, *_log(view, flags, None))
+            writable = not flags & SlotFlags.READONLY
+            new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, writable, *_log(view, flags, None))
         self._publish((*others, new))
         return new
 
@@ -177,7 +180,7 @@ class GuestMemory:
     def read(self, gpa: int, length: int) -> bytes:
         """``length`` bytes at ``gpa``, which may cross slots; :class:`NoMemory` where none is."""
         slot = self.map.find(gpa)
-        if slot is not None and gpa + length <= slot.end:
+        if slot is not None and gpa + length <= slot.base + slot.size:
             at = gpa - slot.base
             return bytes(slot.bytes_[at : at + length])
         parts = []
@@ -194,11 +197,20 @@ class GuestMemory:
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``gpa``; nothing is stored when any byte of it has no writable memory."""
+        length = len(data)
+        slot = self.map.find(gpa)
+        if slot is not None and slot.writable and gpa + length <= slot.base + slot.size:
+            offset = gpa - slot.base
+            slot.bytes_[offset : offset + length] = data
+            if slot.dirty is not None:
+                _mark(slot.dirty, offset, length)
+            self.wrote(gpa, length)
+            return
         pieces: list[tuple[Memslot, int, int]] = []
-        at, left = gpa, len(data)
+        at, left = gpa, length
         while left:
             slot = self.map.find(at)
-            if slot is None or slot.flags & SlotFlags.READONLY:
+            if slot is None or not slot.writable:
                 raise NoMemory(at)
             n = min(left, slot.end - at)
             pieces.append((slot, at - slot.base, n))
@@ -210,7 +222,7 @@ class GuestMemory:
             if slot.dirty is not None:
                 _mark(slot.dirty, offset, n)
             done += n
-        self.wrote(gpa, len(data))
+        self.wrote(gpa, length)
 
     def read_u(self, gpa: int, size: int) -> int:
         """An unsigned little-endian integer of ``size`` bytes."""
@@ -344,7 +356,7 @@ class GuestPtr:
     def write(self, offset: int, data: bytes) -> bool:
         """Whether the bytes were stored."""
         slot = self._resolve()
-        if slot is None or slot.flags & SlotFlags.READONLY:
+        if slot is None or not slot.writable:
             return False
         at = self._offset + offset
         slot.bytes_[at : at + len(data)] = data

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiovm.memory import NoMemory, SlotFlags
+from aiovm.memory import NoMemory
 from aiovm.page_walk import Access, PageFault, PagingRegs, Translation, kernel_page, translate_debug, walk
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def write_virt(
         return pieces
     for gpa, _ in pieces:
         slot = memory.map.find(gpa)
-        if slot is None or slot.flags & SlotFlags.READONLY:
+        if slot is None or not slot.writable:
             return IoNeeded(gpa)
     done = 0
     for gpa, size in pieces:

@@ -24,6 +24,7 @@ from aiovm.paravirt import HypercallNumber, decode_hypercall
 from aiovm.requests import Request
 from aiovm.segmentation import Fault
 from aiovm.smm import enter_smm, leave_smm
+from aiovm.table_cache import TableCache
 from aiovm.task_register import io_permitted, load_tr
 from aiovm.trace import Kind
 from aiovm.vcpu_io import UserRange, within_page
@@ -56,6 +57,7 @@ class VcpuPort:
         self.vcpu = vcpu
         self.vm = vcpu.vm
         self._same_leaves = self.vm.cpuid.same
+        self._tables = TableCache(self.vm.memory)
 
     # ---- CPUID, TSC and MSRs ----------------------------------------------------------------------------------
 
@@ -342,7 +344,13 @@ class VcpuPort:
         vm, vcpu = self.vm, self.vcpu
         vm.clock.cells[0] += vm.costs.inject_ns
         outcome = deliver_event(
-            vcpu.context.state, vm.memory, vector, kind=kind, error_code=error_code, return_rip=return_rip
+            vcpu.context.state,
+            vm.memory,
+            vector,
+            kind=kind,
+            error_code=error_code,
+            return_rip=return_rip,
+            tables=self._tables,
         )
         if outcome == SHUTDOWN:
             self._shutdown("triple fault")

@@ -36,6 +36,13 @@ class FakeCpu:
     def segment(self, which):
         return self.segments[which]
 
+    def selector(self, which):
+        return self.segments[which].selector
+
+    @property
+    def tables(self):
+        return (self.cr0, self.cr3, self.cr4, self.efer, *self.gdt, *self.idt)
+
     def set_segment(self, which, value):
         self.segments[which] = value
 

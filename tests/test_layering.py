@@ -37,6 +37,7 @@ FLOORS = {
         "mmu",
         "page_walk",
         "segmentation",
+        "table_cache",
         "task_switch",
         "task_register",
         "control",

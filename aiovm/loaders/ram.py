@@ -19,7 +19,6 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiovm.errors import ConfigError
-from aiovm.memory import SlotFlags
 from aiovm.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Region(NamedTuple):
 def _ram_ranges(memory: GuestMemory) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     for slot in memory.map.slots:
-        if slot.flags & SlotFlags.READONLY:
+        if not slot.writable:
             continue
         if ranges and ranges[-1][1] == slot.base:
             ranges[-1] = (ranges[-1][0], slot.end)

@@ -927,9 +927,35 @@ def test_syscall_enters_the_kernel(make):
     assert (m.gpr[1], m.gpr[11]) == (0x10002, 0x646)
     assert m.state.rflags == 0x46
     assert m.state.cpl == 0
-    assert m.state.segment(Seg.CS) == Segment(0x10, 0, 0xFFFF_FFFF, 0xAF_9B00)
-    assert m.state.segment(Seg.SS) == Segment(0x18, 0, 0xFFFF_FFFF, 0xCF_9300)
+    assert m.state.segment(Seg.CS) == Segment(0x10, 0, 0xFFFF_FFFF, 0xA0_9B00)
+    assert m.state.segment(Seg.SS) == Segment(0x18, 0, 0xFFFF_FFFF, 0xC0_9300)
     assert m.gpr[4] == STACK
+
+
+def test_a_segments_flags_are_the_descriptors_and_no_part_of_its_limit(make):
+    m = make("8ed8 f4")  # mov ds, eax; hlt
+    m.memory.write_u(DATA + 8, 8, 0x00DF_9300_0000_FFFF)
+    m.state.gdt = DescriptorTable(DATA, 0xF)
+    m.gpr[0] = 8
+    assert m.run() == Hlt(False)
+    assert m.state.segment(Seg.DS) == Segment(8, 0, 0xFFFF_FFFF, 0xD0_9300)
+    assert m.state.selector(Seg.DS) == 8
+
+
+def test_the_place_of_the_tables_is_one_value(make):
+    m = make("f4")
+    seen = {m.state.tables}
+    for name, value in (("cr0", 0x33), ("cr3", 0x9000), ("cr4", 0x20), ("efer", 0x500)):
+        setattr(m.state, name, value)
+        seen.add(m.state.tables)
+    for name in ("gdt", "idt"):
+        for table in (DescriptorTable(0x1234_0000, 0), DescriptorTable(0x1234_0000, 0x7F)):
+            setattr(m.state, name, table)
+            seen.add(m.state.tables)
+    assert len(seen) == 9
+    m.state.gpr[0], m.state.rip, m.state.cr2 = 1, 2, 3
+    m.state.rflags = 0x46
+    assert m.state.tables in seen
 
 
 def test_sysret_returns(make):
@@ -978,7 +1004,7 @@ def test_sysenter(make, long):
     m.state.rflags = 0x202
     assert m.run() == Hlt(False)
     assert (m.state.rip, m.gpr[4], m.state.cpl) == (0x11001, 0x18000, 0)
-    assert m.state.segment(Seg.CS) == Segment(0x10, 0, 0xFFFF_FFFF, 0xAF_9B00 if long else 0xCF_9B00)
+    assert m.state.segment(Seg.CS) == Segment(0x10, 0, 0xFFFF_FFFF, 0xA0_9B00 if long else 0xC0_9B00)
     assert m.state.segment(Seg.SS).selector == 0x18
     assert m.state.rflags == 2
 

@@ -59,6 +59,10 @@ typedef struct {
     uint64_t code_page_count;
     uint64_t *regs;          /* RAX, RCX, RDX; null: RDTSC goes to Python */
     uint64_t *eflags;
+    uint64_t *cc_source;     /* the arithmetic flags, while cc_operation says so */
+    uint32_t *cc_operation;
+    int (*read_register)(void *, int, void *);
+    int64_t flags_register;  /* its number of RFLAGS */
     uint64_t *tsc_aux;
     int64_t tsc_khz;         /* the machine's counter; 0: RDTSC goes to Python */
     int64_t tsc_epoch;       /* CLOCK_MONOTONIC when the machine's time was 0, ns; negative: time is cells[0] */
@@ -94,7 +98,7 @@ typedef struct {
     uint16_t icount, size;
 } block;
 
-enum { CR3_WRITE = 0x113, UNDEFINED = 0x146, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178,
+enum { CR3_WRITE = 0x113, EXCEPTION = 0x140, UNDEFINED = 0x146, WINDOW = 0x164, SOFT_INTERRUPT = 0x175, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178,
        MSR = 0x17c };
 /* FAULTED is no interrupt of the core's: a carried instruction has raised a fault. */
 enum { FAULTED = 0, EFER = 0xc0000080 };
@@ -349,6 +353,17 @@ static bool carry(budget *b, void *uc, uint32_t number)
     return true;
 }
 
+/* The core computes arithmetic flags when somebody asks. Who is told of an event asks: have them at hand. */
+static void settle_flags(budget *b, void *uc)
+{
+    enum { OSZAPC = 0x8d5, COMPUTED = 1 };
+    uint64_t flags = 0;
+    if (*b->cc_operation == COMPUTED || b->read_register(uc, (int)b->flags_register, &flags))
+        return;
+    *b->cc_source = flags & OSZAPC;
+    *b->cc_operation = COMPUTED;
+}
+
 /* An exit for Python. The bytes of instructions that have one length, prefixes apart, come along. */
 static void report(budget *b, void *uc, uint32_t number)
 {
@@ -359,6 +374,8 @@ static void report(budget *b, void *uc, uint32_t number)
         if (carry(b, uc, number))
             return;
     }
+    if (b->eip && ((number >= EXCEPTION && number < EXCEPTION + 32) || number == WINDOW || number == SOFT_INTERRUPT))
+        settle_flags(b, uc);
     b->cells[0] += b->costs[number];
     state = PyGILState_Ensure();
     interrupt(b, number);

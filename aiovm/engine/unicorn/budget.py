@@ -111,6 +111,10 @@ class BudgetStruct(ctypes.Structure):
         ("code_page_count", c_uint64),
         ("regs", c_void_p),
         ("eflags", c_void_p),
+        ("cc_source", c_void_p),
+        ("cc_operation", c_void_p),
+        ("read_register", c_void_p),
+        ("flags_register", c_int64),
         ("tsc_aux", c_void_p),
         ("tsc_khz", c_int64),
         ("tsc_epoch", c_int64),
@@ -215,6 +219,8 @@ class Budget:
             s.cs_base = env + Env.SEGS + SEGMENT_SIZE + 8
             s.regs = env
             s.eflags = env + Env.EFLAGS
+            s.cc_source = env + Env.CC_SRC
+            s.cc_operation = env + Env.CC_OP
             s.tsc_aux = env + MSRS[_TSC_AUX]
             s.windows = windows
             s.cr3 = env + Env.CR + 24
@@ -230,6 +236,8 @@ class Budget:
         self.cover(memory_end)
         s.translate = lib.address_of(lib.uc_vmem_translate)
         s.fetch = lib.address_of(lib.uc_vmem_read)
+        s.read_register = lib.address_of(lib.uc_reg_read)
+        s.flags_register = lib.x86.UC_X86_REG_EFLAGS
         self._handlers = handlers
         s.interrupt, s.fail, s.port_in, s.port_out, s.behind_io = handlers
         #: C functions for IN and OUT, and for loads and stores where no memory is; 0: Python's are called.

@@ -53,7 +53,7 @@ from aiovm.engine.unicorn.state import EnvState
 from aiovm.engine.unicorn.syscall import syscall, sysenter
 from aiovm.errors import ConfigError
 from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
-from aiovm.memory import PAGE, GuestMemory, MemoryMap, SlotFlags
+from aiovm.memory import PAGE, GuestMemory, MemoryMap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -462,7 +462,7 @@ class UnicornEngine:
                     error = error or lib.uc_mem_protect(self._uc, low, high - low, rights)
             lib.check(error, f"map {low:#x}+{high - low:#x}")
             self._mapped[low, high, address, rights] = keep
-        if any(slot.flags & SlotFlags.READONLY for slot in new.slots):
+        if not all(slot.writable for slot in new.slots):
             self._watch_rom()
         self.budget.cover(max((slot.end for slot in new.slots), default=0))
         if self.current is not None:
@@ -477,7 +477,7 @@ class UnicornEngine:
     def _host_wrote(self, gpa: int, length: int) -> None:
         """The host stored into guest memory: what was translated from those pages is stale."""
         pages = self.budget.code_pages
-        if any(pages[gpa >> 12 : (gpa + length - 1 >> 12) + 1]):
+        if 1 in pages[gpa >> 12 : (gpa + length - 1 >> 12) + 1]:
             self._dirty_code = True
 
     def _mmio_read(self, base: int) -> Callable[[int, int, int, int], int]:
@@ -887,7 +887,7 @@ def _layout(map_: MemoryMap, claims: Sequence[tuple[int, int]]) -> list[_Range]:
     at = 0
     for slot in map_.slots:
         ranges += _device(at, slot.base, claims)
-        rights = _READ_EXEC if slot.flags & SlotFlags.READONLY else _ALL
+        rights = _ALL if slot.writable else _READ_EXEC
         ranges.append((slot.base, slot.end, slot.host_address, rights))
         at = slot.end
     return ranges + _device(at, _PHYSICAL_END, claims)

@@ -52,7 +52,7 @@ class Env:
     REGS: Final = 0x0
     EIP: Final = 0x80
     EFLAGS: Final = 0x88
-    CC_DST: Final = 0x90
+    CC_SRC: Final = 0x98
     CC_OP: Final = 0xA8
     DF: Final = 0xAC
     HFLAGS: Final = 0xB0

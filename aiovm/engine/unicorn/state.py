@@ -10,6 +10,7 @@ they are already folded; writing folds them.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from aiovm.engine.base import DescriptorTable, Seg, Segment
@@ -27,6 +28,9 @@ _CC_OP_EFLAGS = 1
 _SEGMENT_AT = {s: Env.SEGS + SEGMENT_SIZE * s for s in range(6)} | {Seg.LDTR: Env.LDT, Seg.TR: Env.TR}
 
 _EIP = Env.EIP >> 3
+_CC_SRC = Env.CC_SRC >> 3
+_CC_OP = Env.CC_OP >> 2
+_DF_AT = Env.DF >> 2
 _EFLAGS = Env.EFLAGS >> 3
 _HFLAGS = Env.HFLAGS >> 2
 _CR0 = Env.CR >> 3
@@ -37,6 +41,8 @@ _CS_FLAGS = _SEGMENT_AT[Seg.CS] + 20 >> 2
 _SS_FLAGS = _SEGMENT_AT[Seg.SS] + 20 >> 2
 #: KVM's register bits: CR3, RFLAGS, and all of them.
 _CR3, _RFLAGS, _ALL_REGS = 1 << 18, 1 << 19, (1 << 21) - 1
+#: The core leaves parts of base and limit between the flags that it loads by itself.
+_SEGMENT_FLAGS = 0x00F0_FF00
 #: Bit 1 of a task-state segment's type.
 _BUSY = 0x200
 _DS_BASE, _ES_BASE, _SS_BASE = (_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
@@ -48,6 +54,10 @@ _PE, _LMA, _CS32, _SS32, _ADDSEG = Hf.PE, Hf.LMA, Hf.CS32, Hf.SS32, Hf.ADDSEG
 _OSFXSR, _SMAP = Hf.OSFXSR, Hf.SMAP
 _LONG_CODE = _LMA | _CS32 | _SS32 | _CS64
 _HFLAGS2 = Env.HFLAGS2 >> 2
+#: CR0, CR3, CR4, EFER, and the tables' bases and limits.
+_TABLES: Callable[[memoryview], tuple[int, ...]] = itemgetter(
+    _CR0, _CR0 + 3, _CR0 + 4, _EFER, Env.GDT + 8 >> 3, Env.GDT + 16 >> 3, Env.IDT + 8 >> 3, Env.IDT + 16 >> 3
+)
 _VM = 1 << 17
 
 
@@ -85,7 +95,7 @@ class EnvState:
 
     @property
     def regs_avail(self) -> int:
-        return _ALL_REGS if self.d[Env.CC_OP >> 2] == _CC_OP_EFLAGS else _ALL_REGS & ~_RFLAGS
+        return _ALL_REGS if self.d[_CC_OP] == _CC_OP_EFLAGS else _ALL_REGS & ~_RFLAGS
 
     @property
     def regs_dirty(self) -> int:
@@ -93,17 +103,18 @@ class EnvState:
 
     @property
     def rflags(self) -> int:
-        if self.d[Env.CC_OP >> 2] == _CC_OP_EFLAGS:
-            down = _DF if self.d[Env.DF >> 2] & 0x8000_0000 else 0
-            value: int = self.q[_EFLAGS] & ~(_CC | _DF) | self.q[(Env.CC_DST >> 3) + 1] & _CC | down | 2
+        d, q = self.d, self.q
+        if d[_CC_OP] == _CC_OP_EFLAGS:
+            down = _DF if d[_DF_AT] & 0x8000_0000 else 0
+            value: int = q[_EFLAGS] & ~(_CC | _DF) | q[_CC_SRC] & _CC | down | 2
             return value
         return self._read_flags()
 
     @rflags.setter
     def rflags(self, value: int) -> None:
-        self.q[(Env.CC_DST >> 3) + 1] = value & _CC
-        self.d[Env.CC_OP >> 2] = _CC_OP_EFLAGS
-        self.d[Env.DF >> 2] = 0xFFFF_FFFF if value & _DF else 1
+        self.q[_CC_SRC] = value & _CC
+        self.d[_CC_OP] = _CC_OP_EFLAGS
+        self.d[_DF_AT] = 0xFFFF_FFFF if value & _DF else 1
         moved = (self.q[_EFLAGS] ^ value) & _VM
         self.q[_EFLAGS] = value & 0xFFFF_FFFF & ~(_CC | _DF) | 2
         self.flags_changed = True
@@ -219,12 +230,20 @@ class EnvState:
     def long_mode(self) -> bool:
         return self.d[_HFLAGS] & _CS64 != 0
 
+    @property
+    def tables(self) -> tuple[int, ...]:
+        return _TABLES(self.q)
+
     # ---- segments and tables -------------------------------------------------------------------------------------
+
+    def selector(self, which: Seg) -> int:
+        value: int = self.d[_SEGMENT_AT[which] >> 2]
+        return value
 
     def segment(self, which: Seg) -> Segment:
         at = _SEGMENT_AT[which]
         d = self.d
-        flags = d[at + 20 >> 2]
+        flags = d[at + 20 >> 2] & _SEGMENT_FLAGS
         if which == Seg.TR:
             flags |= _BUSY
         return Segment(d[at >> 2], self.q[at + 8 >> 3], d[at + 16 >> 2], flags)
