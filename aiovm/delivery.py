@@ -21,7 +21,6 @@ Modelled also: Accessed bits of CS and SS, the interrupt shadow's end. Not model
 from __future__ import annotations
 
 import struct
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Reg, Seg, Segment
@@ -59,7 +58,10 @@ _VM: Final = 1 << 17
 _AC: Final = 1 << 18
 #: What a gate leaves of RFLAGS.
 _KEPT: Final = ~(_TF | _NT | _RF | _VM)
+#: Members of enums are dear to look up.
 _RSP: Final = int(Reg.RSP)
+_ES, _CS, _SS, _DS, _FS, _GS, _TR = Seg.ES, Seg.CS, Seg.SS, Seg.DS, Seg.FS, Seg.GS, Seg.TR
+_WRITE: Final = int(Access.WRITE)
 _DR7_GD: Final = 1 << 13
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -160,13 +162,13 @@ def _deliver_real(
     entry = read_system(memory, regs, base + at, 4)
     if isinstance(entry, Fault):
         return entry
-    cs = cpu.segment(Seg.CS)
+    cs = cpu.segment(_CS)
     frame = [rflags, cs.selector, rip]
-    esp = push_frame(memory, regs, cpu.segment(Seg.SS), cpu.gpr[Reg.RSP] & _M32, frame, 2, None)
+    esp = push_frame(memory, regs, cpu.segment(_SS), cpu.gpr[_RSP] & _M32, frame, 2, None)
     if isinstance(esp, Fault):
         return esp
-    cpu.gpr[Reg.RSP] = esp
-    cpu.set_segment(Seg.CS, cs._replace(selector=entry >> 16, base=entry >> 16 << 4))
+    cpu.gpr[_RSP] = esp
+    cpu.set_segment(_CS, cs._replace(selector=entry >> 16, base=entry >> 16 << 4))
     cpu.rip = entry & 0xFFFF
     cpu.rflags = rflags & ~(_IF | _TF | _AC | _RF)
     return None
@@ -213,19 +215,19 @@ def _deliver_protected(
     if virtual and (not inner or dpl):
         return Fault(13, selector & 0xFFFC | ext)
 
-    esp = cpu.gpr[Reg.RSP] & _M32
-    frame = [rflags, cpu.segment(Seg.CS).selector, rip]
+    esp = cpu.gpr[_RSP] & _M32
+    frame = [rflags, cpu.segment(_CS).selector, rip]
     if inner:
         found = _inner_stack(cpu, memory, regs, dpl, ext)
         if isinstance(found, Fault):
             return found
         ss, new_esp = found
-        frame[:0] = [cpu.segment(Seg.SS).selector, esp]
+        frame[:0] = [cpu.segment(_SS).selector, esp]
         if virtual:
-            frame[:0] = [cpu.segment(which).selector for which in (Seg.GS, Seg.FS, Seg.DS, Seg.ES)]
+            frame[:0] = [cpu.segment(which).selector for which in (_GS, _FS, _DS, _ES)]
         ss_error = ss.selector & 0xFFFC | ext
     else:
-        ss, new_esp, ss_error = cpu.segment(Seg.SS), esp, ext
+        ss, new_esp, ss_error = cpu.segment(_SS), esp, ext
     if error_code is not None:
         frame.append(error_code)
 
@@ -240,13 +242,13 @@ def _deliver_protected(
 
     rflags &= ~(_TF | _NT | _RF | _VM)
     cpu.rflags = rflags if type_ & 1 else rflags & ~_IF
-    cpu.gpr[Reg.RSP] = pushed
+    cpu.gpr[_RSP] = pushed
     cpu.rip = target
-    cpu.set_segment(Seg.CS, cs)
+    cpu.set_segment(_CS, cs)
     if inner:
-        cpu.set_segment(Seg.SS, ss)
+        cpu.set_segment(_SS, ss)
         if virtual:
-            for which in (Seg.ES, Seg.DS, Seg.FS, Seg.GS):
+            for which in (_ES, _DS, _FS, _GS):
                 cpu.set_segment(which, _NULL)
         cpu.cpl = dpl
     return None
@@ -274,7 +276,7 @@ def _inner_stack(
     cpu: CpuState, memory: GuestMemory, regs: PagingRegs, dpl: int, ext: int
 ) -> tuple[Segment, int] | Fault:
     """SS and ESP for privilege ``dpl`` from the task-state segment (SDM vol. 3A, 6.12.1)."""
-    tr = cpu.segment(Seg.TR)
+    tr = cpu.segment(_TR)
     width = 4 if tr.type & 8 else 2
     at = width * (2 * dpl + 1)
     if at + width + 1 > tr.limit:
@@ -328,16 +330,16 @@ def _deliver_long(
 
     old_rsp = rsp = cpu.gpr[_RSP]
     if handler.ist or inner:
-        tr = cpu.segment(Seg.TR)
+        tr = cpu.segment(_TR)
         offset = 28 + 8 * handler.ist if handler.ist else 4 + 8 * handler.dpl
         if offset + 7 > tr.limit:
             return Fault(10, tr.selector & 0xFFFC | ext)
-        found = read_system(memory, known.regs, tr.base + offset, 8)
+        found = known.read(tr.base + offset, 8)
         if isinstance(found, Fault):
             return found
         rsp = found
-    old_cs = cpu.segment(Seg.CS)
-    frame = rip, old_cs.selector, rflags, old_rsp, cpu.selector(Seg.SS)
+    old_cs = cpu.segment(_CS)
+    frame = rip, old_cs.selector, rflags, old_rsp, cpu.selector(_SS)
     data = _FRAME.pack(*frame) if error_code is None else _FRAME_WITH_ERROR.pack(error_code, *frame)
     top = rsp & ~0xF
     rsp = top - len(data) & _M64
@@ -355,9 +357,9 @@ def _deliver_long(
     cpu.rip = handler.target
     cs = handler.segments[handler.dpl if inner else cpl]
     if cs != old_cs:  # kernel to kernel: a load is dear, and changes nothing
-        cpu.set_segment(Seg.CS, cs)
+        cpu.set_segment(_CS, cs)
     if inner:
-        cpu.set_segment(Seg.SS, Segment(handler.dpl, 0, 0, handler.dpl << 13))
+        cpu.set_segment(_SS, Segment(handler.dpl, 0, 0, handler.dpl << 13))
         cpu.cpl = handler.dpl
     return None
 
@@ -386,9 +388,11 @@ def _handler_long(
 def _push_long(memory: GuestMemory, known: TableSet, rsp: int, data: bytes) -> Fault | None:
     """The frame, in one store where it lies in one page."""
     if (rsp & 0xFFF) + len(data) <= 4096:
-        gpa = known.page(rsp, Access.WRITE)
+        gpa = known.page(rsp, _WRITE)
         if gpa >= 0:
-            with suppress(NoMemory):  # dropped, as by a bus
+            try:
                 memory.write(gpa, data)
+            except NoMemory:
+                return None  # dropped, as by a bus
             return None
     return write_system(memory, known.regs, rsp, data, 8)

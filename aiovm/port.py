@@ -46,6 +46,9 @@ _RF, _DR6_BS, _DR6_FIXED, _DR7_FIXED = 1 << 16, 1 << 14, 0xFFFF_0FF0, 0x400
 #: With either, #DB is the debugger's, whoever caused it (``vmx.c`` handle_exception_nmi).
 _DEBUGGER_TAKES_DB = DebugControl.SINGLESTEP | DebugControl.USE_HW_BP
 
+#: Members of enums are dear to look up.
+_EXCEPTION, _EXTERNAL, _NMI, _SMI = EventKind.EXCEPTION, EventKind.EXTERNAL, EventKind.NMI, EventKind.SMI
+
 _VAPIC_POLL_IRQ = int(HypercallNumber.VAPIC_POLL_IRQ)
 _CR_WRITES = {0: write_cr0, 3: write_cr3, 4: write_cr4}
 
@@ -335,7 +338,7 @@ class VcpuPort:
         vcpu.note(f"#{vector}")
         if vm.trace.on:
             vm.trace.emit(vm.clock.now(), Kind.FAULT, vcpu.thread.number, vector, vcpu.context.state.rip)
-        self._deliver(vector, EventKind.EXCEPTION, error_code=error_code)
+        self._deliver(vector, _EXCEPTION, error_code=error_code)
 
     def _deliver(
         self, vector: int, kind: EventKind, *, error_code: int | None = None, return_rip: int | None = None
@@ -372,17 +375,17 @@ class VcpuPort:
         if events.any:
             vcpu.sync_nmi_mask()
         while events.any:
-            if vcpu.guest_debug & DebugControl.BLOCKIRQ and not events.has_exception:
+            if vcpu.guest_debug and vcpu.guest_debug & DebugControl.BLOCKIRQ and not events.has_exception:
                 return
             state = vcpu.context.state
             event = events.select(interrupt_flag=False, shadow=state.interrupt_shadow)
             if event is None:
                 vcpu.context.request_nmi_window(bool(events.s.nmi_pending))
                 break
-            if event.kind is EventKind.SMI:
+            if event.kind is _SMI:
                 self._enter_smm()
                 continue
-            if event.kind is EventKind.NMI:
+            if event.kind is _NMI:
                 vcpu.stat.nmi_injections += 1
                 state.nmi_masked = True
             delivered = self._deliver(event.vector, event.kind, error_code=event.error_code)
@@ -414,7 +417,7 @@ class VcpuPort:
         vcpu = self.vcpu
         if vcpu.pv.eoi.pending:
             vcpu.harvest_eoi()
-        if vcpu.guest_debug & DebugControl.BLOCKIRQ:
+        if vcpu.guest_debug and vcpu.guest_debug & DebugControl.BLOCKIRQ:
             return
         if self._interrupt_waits():
             state = vcpu.context.state
@@ -436,7 +439,7 @@ class VcpuPort:
         vcpu.stat.irq_injections += 1
         if vm.trace.on:
             vm.trace.emit(vm.clock.now(), Kind.INJECT, vcpu.thread.number, vector, 0)
-        self._deliver(vector, EventKind.EXTERNAL)
+        self._deliver(vector, _EXTERNAL)
 
     # ---- leaving -----------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ __all__ = [
     "write_system",
 ]
 
+_LDTR: Final = Seg.LDTR
 _IMPLICIT: Final = int(Access.IMPLICIT)
 _IMPLICIT_WRITE: Final = Access.IMPLICIT | Access.WRITE
 _M32: Final = 0xFFFF_FFFF
@@ -78,7 +79,7 @@ def load_descriptor(
 ) -> int | Fault:
     """The 8-byte descriptor that ``selector`` names; outside its table: ``vector`` with the selector and ``ext``."""
     if selector & 4:
-        ldt = cpu.segment(Seg.LDTR)
+        ldt = cpu.segment(_LDTR)
         base, limit = ldt.base, ldt.limit if ldt.selector & 0xFFFC else -1
     else:
         base, limit = cpu.gdt
@@ -101,7 +102,7 @@ def mark_accessed(cpu: CpuState, memory: GuestMemory, regs: PagingRegs, selector
     if descriptor & 1 << 40:
         return descriptor
     descriptor |= 1 << 40
-    table = cpu.segment(Seg.LDTR).base if selector & 4 else cpu.gdt.base
+    table = cpu.segment(_LDTR).base if selector & 4 else cpu.gdt.base
     at = table + (selector & 0xFFF8) + 5
     return write_system(memory, regs, at, bytes((descriptor >> 40 & 0xFF,)), 1) or descriptor
 

@@ -16,13 +16,14 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from aiovm.page_walk import PagingRegs, is_canonical, kernel_page
-from aiovm.segmentation import segment_of
+from aiovm.segmentation import read_system, segment_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiovm.engine.base import CpuState, Segment
     from aiovm.memory import GuestMemory
+    from aiovm.segmentation import Fault
 
 __all__ = ["Handler", "TableCache", "TableSet"]
 
@@ -95,8 +96,10 @@ class TableSet:
         """As :func:`aiovm.page_walk.kernel_page`."""
         key = gva >> 12 << 2 | access & 2
         found = self._pages.get(key)
-        if found is not None and found.read(self._words) == found.values:
-            return found.what | gva & 0xFFF
+        if found is not None:
+            read, values, page = found
+            if read(self._words) == values:
+                return page | gva & 0xFFF
         path: list[int] = []
         gpa = kernel_page(self._memory, self.regs, gva, access, path)
         if gpa >= 0:
@@ -108,8 +111,10 @@ class TableSet:
     def handler(self, vector: int) -> Handler | None:
         """``vector``'s gate and code segment; None says only that they must be looked at closely."""
         found = self._handlers.get(vector)
-        if found is not None and found.read(self._words) == found.values:
-            return found.what
+        if found is not None:
+            read, values, handler = found
+            if read(self._words) == values:
+                return handler
         path: list[int] = []
         at = vector * 16
         if at + 15 > self._idt.limit or not self._follow(self._idt.base + at, 2, path):
@@ -136,31 +141,45 @@ class TableSet:
         path.extend(range(at >> 3, (at >> 3) + count))
         return True
 
+    def read(self, gva: int, length: int) -> int | Fault:
+        """As :func:`aiovm.segmentation.read_system`."""
+        gva &= _M64
+        if (gva & 0xFFF) + length <= 4096:
+            gpa = self.page(gva, 0)
+            if self._base <= gpa < self._base + self._size:
+                return self._memory.read_u(gpa, length)
+        return read_system(self._memory, self.regs, gva, length)
+
     def _find(self, path: list[int], what: T) -> _Find[T]:
-        read = itemgetter(*path)
+        read = itemgetter(*dict.fromkeys(path))  # neighbours share tables
         return _Find(read, read(self._words), what)
 
 
 class TableCache:
     """One vCPU's table sets."""
 
-    __slots__ = ("_map", "_memory", "_sets")
+    __slots__ = ("_key", "_last", "_map", "_memory", "_sets")
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
         self._map = memory.map
         self._sets: dict[tuple[int, ...], TableSet] = {}
+        self._key: tuple[int, ...] = ()
+        self._last: TableSet | None = None
 
     def of(self, cpu: CpuState) -> TableSet:
         """The set for the registers of ``cpu``."""
-        sets, now = self._sets, self._memory.map
-        if now is not self._map:
-            self._map = now
-            sets.clear()
         key = cpu.tables
+        if key == self._key and self._memory.map is self._map and self._last is not None:
+            return self._last
+        sets = self._sets
+        if self._memory.map is not self._map:
+            self._map = self._memory.map
+            sets.clear()
         found = sets.get(key)
         if found is None:
             if len(sets) >= _MOST_SETS:
                 sets.clear()
             found = sets[key] = TableSet(cpu, self._memory)
+        self._key, self._last = key, found
         return found

@@ -56,7 +56,7 @@ class Claims:
         self._probed: list[tuple[int, int]] = []
         #: Pages of a load that crosses from one to the next: the core asks for more of them than the guest did.
         self._crossed: set[int] = set()
-        self._replaying = False
+        self.replaying = False
         self._missing: tuple[int, int] | None = None
         self._guest_tf = 0
         self._dr6 = 0
@@ -103,7 +103,7 @@ class Claims:
         self._guest_tf = state.q[_EFLAGS] & _TF
         self._dr6 = state.get_dr(6)
         self._missing = None
-        self._replaying = True
+        self.replaying = True
         self._open(_BOTH)
         state.q[_EFLAGS] |= _TF
         try:
@@ -152,9 +152,9 @@ class Claims:
     def close(self, context: UnicornContext) -> bool:
         """The replayed instruction is over, at its end or by a fault: RFLAGS.TF and DR6 are the guest's again. Whether
         one was."""
-        if not self._replaying:
+        if not self.replaying:
             return False
-        self._replaying = False
+        self.replaying = False
         state = context.state
         state.q[_EFLAGS] = state.q[_EFLAGS] & ~_TF | self._guest_tf
         state.set_dr(6, self._dr6)

@@ -194,7 +194,7 @@ class Intercepts:
         state = context.state
         if vector == 1 and (engine.io.finish(context) or engine.claims.finish(context)):
             return
-        if engine.claims.close(context):
+        if engine.claims.replaying and engine.claims.close(context):
             engine.stop()
         error = state.d[Env.ERROR_CODE >> 2] if vector in _WITH_ERROR else None
         context.port.on_exception(vector, error, engine.fault_address if vector == 14 else 0)

@@ -25,7 +25,10 @@ _M64 = (1 << 64) - 1
 _CC = 0x8D5  # O S Z A P C
 _DF = 0x400
 _CC_OP_EFLAGS = 1
-_SEGMENT_AT = {s: Env.SEGS + SEGMENT_SIZE * s for s in range(6)} | {Seg.LDTR: Env.LDT, Seg.TR: Env.TR}
+_SEGMENT_AT = (*(Env.SEGS + SEGMENT_SIZE * s for s in range(6)), Env.LDT, Env.TR)  # by Seg
+
+_SS, _DS, _TR = int(Seg.SS), int(Seg.DS), int(Seg.TR)
+_new = tuple.__new__
 
 _EIP = Env.EIP >> 3
 _CC_SRC = Env.CC_SRC >> 3
@@ -241,27 +244,28 @@ class EnvState:
         return value
 
     def segment(self, which: Seg) -> Segment:
-        at = _SEGMENT_AT[which]
-        d = self.d
-        flags = d[at + 20 >> 2] & _SEGMENT_FLAGS
-        if which == Seg.TR:
+        at = _SEGMENT_AT[which] >> 3
+        q = self.q
+        hidden = q[at + 2]
+        flags = hidden >> 32 & _SEGMENT_FLAGS
+        if which == _TR:
             flags |= _BUSY
-        return Segment(d[at >> 2], self.q[at + 8 >> 3], d[at + 16 >> 2], flags)
+        return _new(Segment, (q[at] & 0xFFFF_FFFF, q[at + 1], hidden & 0xFFFF_FFFF, flags))
 
     def set_segment(self, which: Seg, value: Segment) -> None:
         at = _SEGMENT_AT[which]
         d = self.d
-        d[at >> 2] = value.selector & 0xFFFF
-        self.q[at + 8 >> 3] = value.base & _M64
-        d[at + 16 >> 2] = value.limit & 0xFFFF_FFFF
-        flags = value.flags & 0xFFFF_FFFF
-        if which == Seg.TR:
+        selector, base, limit, flags = value
+        d[at >> 2] = selector & 0xFFFF
+        self.q[at + 8 >> 3] = base & _M64
+        d[at + 16 >> 2] = limit & 0xFFFF_FFFF
+        if which == _TR:
             # The core keeps the type without Busy, and aborts the process on anything but a present TSS.
             flags = flags & ~0x1600 | 0x8100
-        d[at + 20 >> 2] = flags
-        if which <= Seg.DS:
-            if which == Seg.SS:
-                d[_HFLAGS] = d[_HFLAGS] & ~_CPL | value.flags >> 13 & 3
+        d[at + 20 >> 2] = flags & 0xFFFF_FFFF
+        if which <= _DS:
+            if which == _SS:
+                d[_HFLAGS] = d[_HFLAGS] & ~_CPL | flags >> 13 & 3
             self._derive()
 
     @property
