@@ -18,6 +18,7 @@ from aiovm.engine.base import Seg
 from aiovm.events import EventKind
 from aiovm.exits import Debug, Hlt, PauseLoop, Shutdown
 from aiovm.guest_debug import DebugControl, data_hits, instruction_hits
+from aiovm.interrupt_return import interrupt_return
 from aiovm.lapic_registers import NO_EFFECT
 from aiovm.memory import PAGE
 from aiovm.paravirt import HypercallNumber, decode_hypercall
@@ -227,6 +228,9 @@ class VcpuPort:
             return True
         self.inject(fault.vector, fault.error_code, fault.cr2)
         return False
+
+    def on_interrupt_return(self, width: int) -> bool:
+        return self._done(interrupt_return(self.vcpu.context.state, self.vm.memory, width))
 
     def on_rsm(self) -> None:
         """RSM outside SMM does not exist (SDM vol. 2B, RSM)."""

@@ -93,6 +93,8 @@ _FETCH_ERRORS: Final = frozenset({lib.const.UC_ERR_FETCH_UNMAPPED, lib.const.UC_
 #: ns of guest time between looks at IF on the public path.
 _WINDOW_NS: Final = 500
 
+#: MSRs that are the bases of FS and GS.
+_BASES: Final = frozenset({0xC000_0100, 0xC000_0101})
 #: 32-bit MSRs of the core.
 _NARROW: Final = frozenset({0x174, 0xC000_0084, 0xC000_0103})
 
@@ -223,6 +225,8 @@ class UnicornContext:
             self.state.d[MSRS[index] >> 2] = value & _M32
         else:
             self.state.q[MSRS[index] >> 3] = value
+            if index in _BASES:
+                self.state.guard_bases()
 
     def save(self) -> ContextState:
         """A copy. Whoever runs next begins without translations, of code or of addresses, as after :meth:`restore`."""

@@ -39,6 +39,7 @@ _HFLAGS: Final = Env.HFLAGS >> 2
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _TF: Final = 0x100
+_LMA: Final = 1 << 10
 _DR6_BS: Final = 1 << 14
 _WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 _LONGEST: Final = 15
@@ -59,6 +60,7 @@ class Intercepts:
             Intercept.HLT: self._hlt,
             Intercept.RDPMC: self._rdpmc,
             Intercept.RSM: self._rsm,
+            Intercept.IRET: self._iret,
             Intercept.TR_WRITE: self._load_tr,
             Intercept.PAUSE: self._pause,
             Intercept.VINTR: self._irq_window,
@@ -232,6 +234,18 @@ class Intercepts:
             context.port.on_soft_interrupt(insn.immediate, insn.length, EventKind.SOFT_INT)
         else:
             context.port.on_soft_interrupt(3 if insn.opcode == 0xCC else 4, insn.length, EventKind.SOFT_EXC)
+
+    def _iret(self, context: UnicornContext, _number: int) -> None:
+        state = context.state
+        if not state.efer & _LMA:  # bases come from descriptors alone: the core's IRET will do, which comes now
+            state.iret_intercepted = False
+            return
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        stepped = state.q[_EFLAGS] & _TF
+        if context.port.on_interrupt_return(insn.operand_size) and stepped:
+            self.trap(context)
 
     def _rsm(self, context: UnicornContext, _number: int) -> None:
         context.port.on_rsm()

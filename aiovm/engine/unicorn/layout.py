@@ -157,6 +157,7 @@ class Intercept:
     RDPMC: Final = 0x6F
     CPUID: Final = 0x72
     RSM: Final = 0x73
+    IRET: Final = 0x74
     SWINT: Final = 0x75
     PAUSE: Final = 0x77
     HLT: Final = 0x78

@@ -14,7 +14,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from aiovm.engine.base import DescriptorTable, Seg, Segment
-from aiovm.engine.unicorn.layout import SEGMENT_SIZE, Env, Hf, Hf2
+from aiovm.engine.unicorn.layout import SEGMENT_SIZE, Env, Hf, Hf2, Intercept
+from aiovm.interrupt_return import loses_selector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,7 @@ _SS_FLAGS = _SEGMENT_AT[Seg.SS] + 20 >> 2
 _CR3, _RFLAGS, _ALL_REGS = 1 << 18, 1 << 19, (1 << 21) - 1
 #: The core leaves parts of base and limit between the flags that it loads by itself.
 _SEGMENT_FLAGS = 0x00F0_FF00
+_IRET_BIT = 1 << Intercept.IRET - 0x60
 #: Bit 1 of a task-state segment's type.
 _BUSY = 0x200
 _DS_BASE, _ES_BASE, _SS_BASE = (_SEGMENT_AT[s] + 8 >> 3 for s in (Seg.DS, Seg.ES, Seg.SS))
@@ -236,6 +238,20 @@ class EnvState:
     @property
     def tables(self) -> tuple[int, ...]:
         return _TABLES(self.q)
+
+    @property
+    def iret_intercepted(self) -> bool:
+        """IRET is answered outside the core, which would lose the bases of FS and GS: see :meth:`guard_bases`."""
+        return bool(self.q[Env.INTERCEPT >> 3] & _IRET_BIT)
+
+    @iret_intercepted.setter
+    def iret_intercepted(self, value: bool) -> None:
+        self.q[Env.INTERCEPT >> 3] = self.q[Env.INTERCEPT >> 3] & ~_IRET_BIT | (_IRET_BIT if value else 0)
+
+    def guard_bases(self) -> None:
+        """FS or GS got a base by an MSR: from now on IRET is intercepted if it would take the selector."""
+        if any(loses_selector(self.segment(which), 3) for which in (Seg.FS, Seg.GS)):
+            self.iret_intercepted = True
 
     # ---- segments and tables -------------------------------------------------------------------------------------
 
