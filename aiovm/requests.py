@@ -13,8 +13,9 @@ Rules (``virt/kvm/kvm_main.c``, ``include/linux/kvm_host.h`` of Linux 6.16):
 * Only the edge IN_GUEST to EXITING is made by others; all other moves are the vCPU's own.
 
 Modelled: every request number of 6.16 on x86, its flags, the order of service. Folded, so numbered here but absent
-from ``PROCESSING_ORDER``: everything about shadow page tables, APICv, the performance counters, nested state, Hyper-V,
-dirty rings, MSR filters and protected guests, because an emulated CPU has no such second copy to bring up to date.
+from ``PROCESSING_ORDER``: everything about shadow page tables, APICv, copies of the timer and the I/O APIC, the
+performance counters, nested state, Hyper-V, dirty rings, MSR filters and protected guests, because an emulated CPU has
+no such second copy to bring up to date.
 """
 
 from __future__ import annotations
@@ -112,12 +113,11 @@ REQUEST_FLAGS: dict[Request, RequestFlag] = {
 #: ``KVM_REQ_OUTSIDE_GUEST_MODE`` has no bit: a broadcast with these flags only forces everybody out of the guest.
 OUTSIDE_GUEST_MODE = RequestFlag.NO_ACTION | _QUIET
 
-#: The order in which an entry serves requests (``vcpu_enter_guest``). The clock requests cascade within one pass,
-#: the TLB is flushed before guest code can run, SMI and NMI queue what EVENT injects, and EVENT is last.
-#: MCLOCK_INPROGRESS (a barrier) and UNBLOCK (consumed by the block) have no handler.
+#: The order in which an entry serves requests (``vcpu_enter_guest``; here :mod:`aiovm.vcpu_requests`). The clock
+#: requests cascade within one pass, the TLB is flushed before guest code can run, SMI and NMI queue what EVENT injects,
+#: and EVENT is last. MCLOCK_INPROGRESS (a barrier) and UNBLOCK (consumed by the block) have no handler.
 PROCESSING_ORDER: tuple[Request, ...] = (
     Request.VM_DEAD,
-    Request.MIGRATE_TIMER,
     Request.MASTERCLOCK_UPDATE,
     Request.GLOBAL_CLOCK_UPDATE,
     Request.CLOCK_UPDATE,
@@ -129,8 +129,6 @@ PROCESSING_ORDER: tuple[Request, ...] = (
     Request.STEAL_UPDATE,
     Request.SMI,
     Request.NMI,
-    Request.IOAPIC_EOI_EXIT,
-    Request.SCAN_IOAPIC,
     Request.APF_READY,
     Request.EVENT,
 )

@@ -31,7 +31,7 @@ from aiovm.clock import FOREVER, Alarm
 from aiovm.engine.base import Seg, Segment
 from aiovm.errors import StateError
 from aiovm.events import EventQueue
-from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, Mmio, PauseLoop, Pio, Shutdown, TprAccess
+from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, Mmio, PauseLoop, Pio, TprAccess
 from aiovm.guest_debug import Breakpoint, DebugControl, breakpoints
 from aiovm.halt_poll import adapt, begin
 from aiovm.kvm_run import KvmRun
@@ -48,6 +48,7 @@ from aiovm.tsc import GuestTsc
 from aiovm.vcpu_arch import VcpuArch
 from aiovm.vcpu_io import UserIo
 from aiovm.vcpu_msrs import VcpuMsrs
+from aiovm.vcpu_requests import VcpuRequests
 from aiovm.vcpu_state import VcpuIoctls
 
 if TYPE_CHECKING:
@@ -67,16 +68,6 @@ _MAX_SLICE = 1_000_000
 _DY_REQUESTS = 1 << Request.NMI | 1 << Request.SMI | 1 << Request.EVENT
 _NMI_OR_SMI = 1 << Request.NMI | 1 << Request.SMI
 _UNBLOCK = 1 << Request.UNBLOCK
-#: Requests that :meth:`Vcpu._service_requests` serves; the others are folded into these.
-_WITH_WORK = sum(
-    1 << request
-    for request in (
-        Request.VM_DEAD, Request.MASTERCLOCK_UPDATE, Request.GLOBAL_CLOCK_UPDATE, Request.CLOCK_UPDATE,
-        Request.TLB_FLUSH, Request.TLB_FLUSH_GUEST, Request.REPORT_TPR_ACCESS, Request.TRIPLE_FAULT,
-        Request.APF_HALT, Request.STEAL_UPDATE,
-        Request.SMI, Request.NMI, Request.APF_READY, Request.EVENT, Request.UNBLOCK,
-    )
-)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -107,7 +98,7 @@ class VcpuStat:
     kicks: int = 0
 
 
-class Vcpu(VcpuIoctls):
+class Vcpu(VcpuRequests, VcpuIoctls):
     """One virtual CPU. Make it through :class:`aiovm.vm.Vm`.
 
     Attributes carry KVM's names; docs/kvm-map.md says what each is for.
@@ -466,7 +457,7 @@ class Vcpu(VcpuIoctls):
         while True:
             if self._running():
                 if self.requests.bits:
-                    leaving = self._service_requests()
+                    leaving = self.service_requests()
                     if leaving is not None:
                         return leaving
                     if not self._running():
@@ -529,56 +520,6 @@ class Vcpu(VcpuIoctls):
                 if not self._runs_ahead:
                     await vm.between_slices()
             self.yielded = self.in_spin_loop = self.dy_eligible = False
-
-    def _service_requests(self) -> Exit | None:
-        """``vcpu_enter_guest``'s first part, in 6.16's order; an exit when one of them leaves."""
-        requests = self.requests
-        check = requests.check_request
-        if check(Request.VM_DEAD):
-            return Shutdown("the machine is dead")
-        if check(Request.TLB_FLUSH) | check(Request.TLB_FLUSH_GUEST):
-            self.context.flush_tlb()
-        if check(Request.REPORT_TPR_ACCESS) and self.tpr_access is not None:
-            return self.tpr_access
-        if check(Request.TRIPLE_FAULT):
-            return Shutdown()
-        self.service_paravirt()
-        if check(Request.APF_HALT):
-            self.pv.apf.halt()
-        if check(Request.SMI):
-            self.events.queue_smi()
-        if check(Request.NMI):
-            self.process_nmi()
-        check(Request.UNBLOCK)
-        if check(Request.EVENT):
-            self._accept_apic_events()
-            if self.mp_state is MpState.RUNNABLE:
-                self.port.inject_pending()
-        # One left set without anybody to serve it would keep the vCPU out of the guest for ever.
-        requests.bits &= _WITH_WORK
-        return None
-
-    def service_paravirt(self) -> None:
-        """The requests about records in guest memory; also from inside a slice, as the guest looks at once."""
-        check = self.requests.check_request
-        now = self.vm.clock.now()
-        if check(Request.MASTERCLOCK_UPDATE):
-            self.vm.kvmclock.update_masterclock(now)
-            for vcpu in self.vm.vcpus:
-                vcpu.make_request(Request.CLOCK_UPDATE)
-                if vcpu is not self:
-                    self.vm.post(now, vcpu.kick)
-        if check(Request.GLOBAL_CLOCK_UPDATE) | check(Request.CLOCK_UPDATE):
-            snapshot = self.vm.kvmclock.snapshot(now)
-            self.vm.read_tsc()  # nobody's TSC may be behind a published timestamp
-            self.pv.clock.update(snapshot, self.tsc.read(snapshot.host_tsc), self.tsc.scale(self.vm.tsc_khz))
-        if check(Request.STEAL_UPDATE):
-            self._record_steal_time()
-        if check(Request.APF_READY):
-            ready = self.pv.apf.check_completion(lapic_enabled=self.apic.enabled)
-            if ready.vector >= 0:
-                self.apic.accept(DeliveryMode.FIXED, ready.vector)
-                self.make_request(Request.EVENT)
 
     def _arm_eoi(self) -> None:
         """PV EOI, before an entry: let the guest end the interrupt in service without an exit."""

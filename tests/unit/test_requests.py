@@ -109,17 +109,6 @@ def test_repr_names_the_bits():
     assert repr(Requests(1 << 14 | 1 << 2)) == "Requests(UNBLOCK, EVENT)"
 
 
-def test_order_of_service():
-    at = {r: i for i, r in enumerate(PROCESSING_ORDER)}
-    assert len(at) == len(PROCESSING_ORDER)
-    assert PROCESSING_ORDER[0] == 1
-    assert PROCESSING_ORDER[-1] == 14
-    assert at[Request.MASTERCLOCK_UPDATE] < at[Request.GLOBAL_CLOCK_UPDATE] < at[Request.CLOCK_UPDATE]
-    assert at[Request.TLB_FLUSH] < at[Request.TLB_FLUSH_GUEST] < at[Request.TRIPLE_FAULT] < at[Request.APF_HALT]
-    assert at[Request.STEAL_UPDATE] < at[Request.SMI] < at[Request.NMI] < at[Request.EVENT]
-    assert at[Request.IOAPIC_EOI_EXIT] < at[Request.SCAN_IOAPIC] < at[Request.APF_READY]
-
-
 @pytest.mark.parametrize("request_", [Request.MCLOCK_INPROGRESS, Request.UNBLOCK])
 def test_requests_without_a_handler_are_not_in_the_order(request_):
     assert request_ not in PROCESSING_ORDER

@@ -7,6 +7,7 @@ from bare import CODE, DATA, STACK, bare, prepare
 
 from aiovm.errors import StateError
 from aiovm.exits import Interrupted
+from aiovm.kvm_structs import MpState
 from aiovm.loop import Host, run, run_wall
 from aiovm.memory import SlotFlags
 from aiovm.page_walk import PagingRegs
@@ -82,6 +83,15 @@ def test_hflags_are_those_of_6_16():
     assert arch("90" * 4 + END, setup=setup, look=lambda a: a.hflags) == HFlag.NONE
     assert seen == [HFlag.SMM]
     assert [int(flag) for flag in HFlag] == [1, 2, 4]
+
+    def inside_an_nmi(vm):
+        setup(vm)
+        vm.vcpus[0].events.s.nmi_masked = vm.vcpus[0].context.state.nmi_masked = True
+
+    seen.clear()
+    after = arch("90" * 4 + END, setup=inside_an_nmi, look=lambda a: (a.hflags, a._vcpu.context.state.nmi_masked))
+    assert seen == [HFlag.SMM | HFlag.SMM_INSIDE_NMI]
+    assert after == (HFlag.NONE, True)  # RSM goes back into the NMI's handler
 
 
 class Spy:
@@ -273,10 +283,12 @@ def test_preempted_is_who_still_wanted_the_cpu():
         sleeps.load(bytes.fromhex("faf4ebfd"))
         told = []
         for vm in (spins, sleeps):
-            vm.vcpus[0].on_sched_out = lambda vcpu, preempted: told.append((vcpu.vm is spins, preempted))
+            vm.vcpus[0].on_sched_out = lambda vcpu, preempted: told.append(
+                (vcpu.vm is spins, preempted, vcpu.preempted)
+            )
         tasks = [asyncio.create_task(vm.vcpus[0].run()) for vm in (spins, sleeps)]
         await asyncio.sleep(0.02)
-        assert told[:2] == [(True, True), (False, False)]
+        assert told[:2] == [(True, True, True), (False, False, False)]
         assert (spins.vcpus[0].preempted, sleeps.vcpus[0].preempted) == (False, False)
         for task in tasks:
             task.cancel()
@@ -291,6 +303,43 @@ def test_statistics_count_what_happened():
     # cpuid; in al, 0x80; hypercall KVM_HC_VAPIC_POLL_IRQ
     end = bare("0fa2 e480 b801000000 0f01c1" + END, look=lambda vm: vm.vcpus[0].stat)
     assert (end.extra.io_exits, end.extra.hypercalls, end.extra.mmio_exits) == (2, 1, 0)
+
+
+def test_statistics_count_the_exits_that_leave():
+    # twice KVM_HC_KICK_CPU of itself (RAX 5, RBX flags, RCX APIC id) and the HLT that takes the kick; then a jump to it
+    kicked = "b805000000 31db 31c9 0f01c1 f4"
+    none = bare("90" * 26 + END, look=lambda vm: vm.vcpus[0].stat.exits).extra
+    stat = bare(kicked * 2 + END, look=lambda vm: vm.vcpus[0].stat).extra
+    assert (stat.halt_exits, stat.kicks) == (2, 2)
+    assert stat.exits - none >= 2
+
+
+def test_a_vcpu_that_gave_way_counts_as_a_spinner_until_it_runs_again():
+    """KVM's yield sleeps inside the handler of the pause loop's exit (``kvm_vcpu_on_spin``)."""
+
+    async def main():
+        host = Host(1)
+        left, running = [], []
+        async with Vm(host, vcpus=2, memory=1 << 20) as vm:
+            vm.load(b"\xf4", kind="flat")
+            vm.memory.write(CODE, bytes.fromhex("f390ebfc"))  # pause; jmp back
+            for index, vcpu in enumerate(vm.vcpus):
+                prepare(vm, "prot", index=index)
+                vcpu.mp_state = MpState.RUNNABLE
+                vcpu.on_sched_out = lambda vcpu, preempted: left.append(vcpu.in_spin_loop)
+                vcpu.on_slice = lambda vcpu, start, end: running.append(vcpu.in_spin_loop)
+            tasks = [asyncio.create_task(vcpu.run()) for vcpu in vm.vcpus]
+            await asyncio.sleep(0.05)
+            yields = sum(vcpu.stat.directed_yield_successful for vcpu in vm.vcpus)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            return yields, left, running
+
+    yields, left, running = run(main())
+    assert yields > 1000
+    assert sum(left) > 1000
+    assert not any(running)
 
 
 def test_stores_of_the_guest_are_in_the_dirty_log():
