@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from aiovm.control import read_dr, write_cr0, write_cr3, write_cr4, write_dr
 from aiovm.delivery import SHUTDOWN, deliver_event
+from aiovm.descriptor_tables import load_ldt, load_table
 from aiovm.engine.base import Seg
 from aiovm.events import EventKind
 from aiovm.exits import Debug, Hlt, PauseLoop, Shutdown
@@ -32,6 +33,7 @@ from aiovm.vcpu_io import UserRange, within_page
 
 if TYPE_CHECKING:
     from aiovm.bus import Bus
+    from aiovm.engine.base import DescriptorTable
     from aiovm.lapic import Lapic
     from aiovm.lapic_registers import LapicEffect
     from aiovm.vcpu import Vcpu
@@ -218,6 +220,12 @@ class VcpuPort:
 
     def on_load_tr(self, selector: int) -> bool:
         return self._done(load_tr(self.vcpu.context.state, self.vm.memory, selector))
+
+    def on_load_ldt(self, selector: int) -> bool:
+        return self._done(load_ldt(self.vcpu.context.state, self.vm.memory, selector))
+
+    def on_load_table(self, table: DescriptorTable, *, interrupts: bool) -> bool:
+        return self._done(load_table(self.vcpu.context.state, table, interrupts=interrupts))
 
     def on_io_permission(self, port: int, size: int) -> bool:
         return io_permitted(self.vcpu.context.state, self.vm.memory, port, size)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from aiovm.descriptor_tables import system_segment
 from aiovm.engine.base import Seg
 from aiovm.page_walk import PagingRegs
-from aiovm.segmentation import Fault, load_descriptor, read_system, segment_of, write_system
+from aiovm.segmentation import Fault, read_system, write_system
 
 if TYPE_CHECKING:
     from aiovm.engine.base import CpuState
@@ -46,34 +47,14 @@ def io_permitted(cpu: CpuState, memory: GuestMemory, port: int, size: int) -> bo
 
 def load_tr(cpu: CpuState, memory: GuestMemory, selector: int) -> Fault | None:
     """LTR in protected mode at CPL 0: an available task-state segment of the GDT, which becomes busy."""
-    name = selector & 0xFFFC
-    if not name:
+    if not selector & 0xFFFC:
         return Fault(13, 0)
-    if selector & 4:
-        return Fault(13, name)
     regs = PagingRegs.of(cpu)
-    long = regs.efer & _LMA
-    gdt = cpu.gdt
-    if (selector & 0xFFF8) + (15 if long else 7) > gdt.limit:
-        return Fault(13, name)
-    descriptor = load_descriptor(cpu, memory, regs, selector, 13, 0)
-    if isinstance(descriptor, Fault):
-        return descriptor
-    type_ = descriptor >> 40 & 0x1F
-    if type_ != 9 and (type_ != 1 or long):
-        return Fault(13, name)
-    if not descriptor & 1 << 47:
-        return Fault(11, name)
-    at = gdt.base + (selector & 0xFFF8)
-    segment = segment_of(selector, descriptor)
-    if long:
-        upper = read_system(memory, regs, at + 8, 8)
-        if isinstance(upper, Fault):
-            return upper
-        if upper >> 40 & 0x1F:
-            return Fault(13, name)
-        segment = segment._replace(base=segment.base | (upper & 0xFFFF_FFFF) << 32)
-    fault = write_system(memory, regs, at + 5, bytes((descriptor >> 40 & 0xFF | 2,)), 1)
+    segment = system_segment(cpu, memory, regs, selector, (9,) if regs.efer & _LMA else (1, 9))
+    if isinstance(segment, Fault):
+        return segment
+    at = cpu.gdt.base + (selector & 0xFFF8)
+    fault = write_system(memory, regs, at + 5, bytes((segment.flags >> 8 & 0xFF | 2,)), 1)
     if fault is None:
         cpu.set_segment(Seg.TR, segment._replace(flags=segment.flags | 0x200))
     return fault

@@ -40,6 +40,7 @@ FLOORS = {
         "table_cache",
         "task_switch",
         "task_register",
+        "descriptor_tables",
         "interrupt_return",
         "control",
         "smm",

@@ -815,6 +815,67 @@ def test_clflushopt_and_clwb_are_executed(code):
     assert bare(code + "00000500" + END).rip == CODE + 9 + 2  # [0x50000]
 
 
+# ---- descriptor tables -------------------------------------------------------------------------------------------
+
+
+def _ldt(base=0x1234_5678_9000, type_=0x82, upper=0):
+    def setup(vm):
+        low = 0x2F | (base & 0xFF_FFFF) << 16 | type_ << 40 | (base >> 24 & 0xFF) << 56
+        vm.memory.write_u(GDT + 0x28, 8, low)
+        vm.memory.write_u(GDT + 0x30, 8, base >> 32 & 0xFFFF_FFFF | upper << 40)
+
+    return setup
+
+
+def test_lldt():
+    end = bare("b828000000" + "0f00d0" + "0f00c3" + END, setup=_ldt())  # mov eax, 0x28; lldt ax; sldt ebx
+    ldt = end.segments[Seg.LDTR]
+    assert (ldt.selector, ldt.base, ldt.limit, end.gpr[3]) == (0x28, 0x1234_5678_9000, 0x2F, 0x28)
+    end = bare("b828000000" + "0f00d0" + "31c0" + "0f00d0" + END, setup=_ldt())  # then lldt of 0
+    assert end.segments[Seg.LDTR].selector == 0
+
+
+@pytest.mark.parametrize(
+    ("selector", "setup", "expected"),
+    [
+        (0x2C, _ldt(), (GP, 0x2C)),  # the LDT's
+        (0x38, _ldt(), (GP, 0x38)),  # 16 bytes do not fit
+        (0x28, _ldt(type_=0x89), (GP, 0x28)),  # a task-state segment
+        (0x28, _ldt(type_=0x02), (NP, 0x28)),
+        (0x28, _ldt(upper=2), (GP, 0x28)),
+        (0x28, _ldt(base=1 << 47), (GP, 0x28)),  # not canonical
+        (0x28, _ldt(base=0x00FF_8000_0000_0000), (GP, 0x28)),
+    ],
+)
+def test_lldt_refuses(selector, setup, expected):
+    assert fault(f"b8{selector:02x}000000" + "0f00d0", setup=setup) == (*expected, CODE + 5)
+
+
+@pytest.mark.parametrize("base", [1 << 47, 0xFFFF_7FFF_FFFF_FFFF, 0x00AA_AAAA_AAAA_AAAA])
+def test_bases_that_are_not_canonical(base):
+    """LTR faults with the selector, LGDT and LIDT with 0; nothing changes."""
+    assert fault("b828000000" + "0f00d8", setup=_ldt(base=base, type_=0x89)) == (GP, 0x28, CODE + 5)
+    table = {DATA: struct.pack("<HQ", 0x1234, base)}
+    for code in ("0f011425", "0f011c25"):  # lgdt, lidt [0x50000]
+        assert fault(code + "00000500", more=table) == (GP, 0, CODE)
+
+
+def test_lgdt_and_lidt():
+    table = {DATA: struct.pack("<HQ", 0xFFF, IDT), DATA + 16: struct.pack("<HQ", 0x2F, GDT)}
+    # lidt [0x50000]; lgdt [0x50010]; sidt [0x50020]; sgdt [0x50030]
+    code = "0f011c2500000500" + "0f01142510000500" + "0f010c2520000500" + "0f01042530000500"
+    end = bare(code + END, more=table)
+    assert end.read(DATA + 32, 10) == table[DATA]
+    assert end.read(DATA + 48, 10) == table[DATA + 16]
+    # 32-bit code, then with an operand size of 16 bits, which takes 24 bits of the base: sgdt [0x50020] after each
+    for prefix, base in (("", 0x8765_4321), ("66", 0x65_4321)):
+        code = prefix + "0f011500000500" + "0f010520000500"
+        end = bare(code + END, "prot", more={DATA: struct.pack("<HI", 0x2F, 0x8765_4321)})
+        assert end.read(DATA + 32, 6) == struct.pack("<HI", 0x2F, base)
+    assert fault("b800000040" + "0f0110") == (PF, 0, CODE + 5)  # mov eax, 0x40000000; lgdt [rax]
+    assert fault("0f011425" + "00000500", cpl=3) == (GP, 0, CODE)
+
+
 # ---- interrupts --------------------------------------------------------------------------------------------------
 
 

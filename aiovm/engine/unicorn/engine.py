@@ -394,7 +394,7 @@ class UnicornEngine:
             for code in (
                 Intercept.VINTR, Intercept.RDTSC, Intercept.RDPMC, Intercept.CPUID, Intercept.SWINT, Intercept.PAUSE,
                 Intercept.HLT, Intercept.MSR, Intercept.SHUTDOWN, Intercept.VMMCALL, Intercept.RDTSCP, Intercept.NMI,
-                Intercept.TR_WRITE, Intercept.RSM, *range(Intercept.IDTR_READ, Intercept.TR_READ + 1),
+                Intercept.RSM, *range(Intercept.IDTR_READ, Intercept.TR_WRITE + 1),
             )
         )  # fmt: skip
         d[Env.INTERCEPT_EXCEPTIONS >> 2] = _M32

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from aiovm.engine.base import DescriptorTable
 from aiovm.engine.unicorn.budget import FAULTED, INTERRUPTS
 from aiovm.engine.unicorn.decode import Instruction, decode, effective_address
 from aiovm.engine.unicorn.layout import Env, Hf, Intercept
@@ -61,6 +62,9 @@ class Intercepts:
             Intercept.RDPMC: self._rdpmc,
             Intercept.RSM: self._rsm,
             Intercept.IRET: self._iret,
+            Intercept.IDTR_WRITE: self._load_table,
+            Intercept.GDTR_WRITE: self._load_table,
+            Intercept.LDTR_WRITE: self._load_ldt,
             Intercept.TR_WRITE: self._load_tr,
             Intercept.PAUSE: self._pause,
             Intercept.VINTR: self._irq_window,
@@ -286,7 +290,7 @@ class Intercepts:
         if insn.opcode == 0x0F06:
             value: int | None = state.cr0 & ~8
         elif insn.opcode == 0x0F01:
-            operand = self._operand16(context, insn)
+            operand = self._operand(context, insn)
             value = None if operand is None else state.cr0 & ~0xE | operand & 0xF
         else:
             value = _load(state, insn.rm)
@@ -313,8 +317,34 @@ class Intercepts:
         insn = self._decoded(context)
         if insn is None:
             return
-        selector = self._operand16(context, insn)
+        selector = self._operand(context, insn)
         if selector is not None and context.port.on_load_tr(selector):
+            self.skip(context, insn.length)
+
+    def _load_ldt(self, context: UnicornContext, _number: int) -> None:
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        selector = self._operand(context, insn)
+        if selector is not None and context.port.on_load_ldt(selector):
+            self.skip(context, insn.length)
+
+    def _load_table(self, context: UnicornContext, number: int) -> None:
+        """LGDT or LIDT: two bytes of limit; eight of base in 64-bit mode, else four, or three."""
+        insn = self._decoded(context)
+        if insn is None:
+            return
+        limit = self._operand(context, insn)
+        if limit is None:
+            return
+        long = context.state.long_mode
+        base = self._operand(context, insn, 8 if long else 4, offset=2)
+        if base is None:
+            return
+        if insn.operand_size == 2 and not long:
+            base &= 0xFF_FFFF
+        interrupts = number - 0x100 == Intercept.IDTR_WRITE
+        if context.port.on_load_table(DescriptorTable(base, limit), interrupts=interrupts):
             self.skip(context, insn.length)
 
     def _decoded(self, context: UnicornContext) -> Instruction | None:
@@ -324,22 +354,23 @@ class Intercepts:
             context.port.on_exception(6, None, 0)
         return insn
 
-    def _operand16(self, context: UnicornContext, insn: Instruction) -> int | None:
-        """A 16-bit register or memory operand; None: its page fault was raised. Where no memory is, the device's.
+    def _operand(self, context: UnicornContext, insn: Instruction, size: int = 2, *, offset: int = 0) -> int | None:
+        """A 16-bit register, or ``size`` bytes of the memory operand; None: its page fault was raised.
 
-        The embedding program's own devices cannot be asked here: all ones.
+        Where no memory is, the device's; but the embedding program's own devices cannot be asked here: all ones.
         """
         state = context.state
         if insn.is_register:
             return state.q[insn.rm] & 0xFFFF
         regs = PagingRegs.of(state)
-        value = read_virt_u(self._engine.memory, regs, effective_address(state, insn), 2, regs.data_access())
+        address = effective_address(state, insn) + offset & (_M64 if state.long_mode else _M32)
+        value = read_virt_u(self._engine.memory, regs, address, size, regs.data_access())
         if isinstance(value, PageFault):
             context.port.on_exception(14, value.error_code, value.address)
             return None
         if isinstance(value, IoNeeded):
-            own = context.port.is_users(value.gpa, 2)
-            return 0xFFFF if own else context.port.on_mmio_read(value.gpa, 2) & 0xFFFF
+            ones = (1 << 8 * size) - 1
+            return ones if context.port.is_users(value.gpa, size) else context.port.on_mmio_read(value.gpa, size) & ones
         return value
 
     # ---- the entry from the core -------------------------------------------------------------------------------------

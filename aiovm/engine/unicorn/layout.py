@@ -152,6 +152,9 @@ class Intercept:
     CR0_SEL: Final = 0x65
     IDTR_READ: Final = 0x66  # then GDTR, LDTR
     TR_READ: Final = 0x69
+    IDTR_WRITE: Final = 0x6A
+    GDTR_WRITE: Final = 0x6B
+    LDTR_WRITE: Final = 0x6C
     TR_WRITE: Final = 0x6D
     RDTSC: Final = 0x6E
     RDPMC: Final = 0x6F
