@@ -119,7 +119,9 @@ class VcpuPort:
         if 0 <= offset < PAGE:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=False)
-            return self.up_to_date_apic().mmio_read(offset, size, vm.clock.now())
+            if vcpu.pv.eoi.pending:
+                vcpu.harvest_eoi()
+            return vcpu.apic.mmio_read(offset, size, vm.clock.now())
         value = vm.mmio.read(gpa, size, vm.clock.now())
         if value is None:
             self._unknown(gpa, 0)
@@ -133,7 +135,9 @@ class VcpuPort:
         if 0 <= offset < PAGE:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=True)
-            effect = self.up_to_date_apic().mmio_write(offset, size, value, vm.clock.now())
+            if vcpu.pv.eoi.pending:
+                vcpu.harvest_eoi()
+            effect = vcpu.apic.mmio_write(offset, size, value, vm.clock.now())
             if effect is not NO_EFFECT:
                 self.apply(effect)
         elif not self._store(vm.mmio, gpa, size, value):

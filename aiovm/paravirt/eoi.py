@@ -16,7 +16,7 @@ Modelled: all of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aiovm.memory import GuestPtr
@@ -42,11 +42,13 @@ class PvEoiState:
 class PvEoi:
     """One vCPU's byte."""
 
-    __slots__ = ("_memory", "_s", "_word")
+    __slots__ = ("_memory", "_msr_val", "_word", "pending")
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._s = PvEoiState()
+        self._msr_val = 0
+        #: Whether :meth:`harvest` is due; asked at each access to the local APIC.
+        self.pending = False
         self._word: GuestPtr | None = None
 
     @property
@@ -54,14 +56,9 @@ class PvEoi:
         """Whether :meth:`arm` is worth a call before an entry."""
         return self._word is not None
 
-    @property
-    def pending(self) -> bool:
-        """Whether :meth:`harvest` is due."""
-        return self._s.pending
-
     def read_msr(self) -> int:
         """MSR 0x4B564D04."""
-        return self._s.msr_val
+        return self._msr_val
 
     def write_msr(self, value: int) -> bool:
         """Whether the store is allowed: the address is a multiple of 4, and is memory when it enables."""
@@ -70,18 +67,18 @@ class PvEoi:
         word = self._point(value)
         if word is not None and not word.valid:
             return False
-        self._s.msr_val = value
+        self._msr_val = value
         self._word = word
         return True
 
     def arm(self, *, irr_pending: bool, isr_vector: int, ioapic_handles: bool) -> None:
         """Before an entry. ``isr_vector``: the highest in service, -1 if that is not known."""
         if self._word is not None and not irr_pending and isr_vector >= 0 and not ioapic_handles:
-            self._s.pending = self._word.write(0, _SET) or self._s.pending
+            self.pending = self._word.write(0, _SET) or self.pending
 
     def harvest(self) -> bool:
         """After an exit, when ``pending``: whether the guest has ended its interrupt, so that an EOI is due."""
-        self._s.pending = False
+        self.pending = False
         word = self._word
         byte = None if word is None else word.read(0, 1)
         if word is None or byte is None or not byte[0] & 1:
@@ -90,11 +87,11 @@ class PvEoi:
 
     def save(self) -> PvEoiState:
         """A copy of the state."""
-        return replace(self._s)
+        return PvEoiState(self._msr_val, self.pending)
 
     def restore(self, state: PvEoiState) -> None:
         """Take over a saved state."""
-        self._s = replace(state)
+        self._msr_val, self.pending = state.msr_val, state.pending
         self._word = self._point(state.msr_val)
 
     def reset(self) -> None:

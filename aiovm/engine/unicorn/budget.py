@@ -14,6 +14,8 @@ Rules (both hooks follow them; tests compare them):
 * The C hooks carry CPUID, RDMSR, WRMSR, hypercalls, IN, OUT, and loads and stores where no memory is, to the running
   vCPU's port and the answers back, as :mod:`~aiovm.engine.unicorn.intercepts`, :mod:`~aiovm.engine.unicorn.io` and the
   engine do where there is no C; forms with prefixes, single steps, EFER and I/O outside CPL 0 go there.
+* The core computes arithmetic flags when somebody asks. Before an event is reported they are computed, for they will be
+  pushed.
 * A slice whose time is over, or that somebody ended, stops at the end of an exit: faults on faults may never reach a
   block.
 * A PAUSE costs ``pause_cost`` and is stepped over. At CPL 0, PAUSEs closer than ``ple_gap`` (end of one to start of the
@@ -70,6 +72,14 @@ _TSC_AUX: Final = 0xC000_0103
 _KNOWS_MONOTONIC: Final = sys.platform == "linux"
 
 _RF: Final = 1 << 16
+_RFLAGS: Final = lib.x86.UC_X86_REG_EFLAGS
+_OSZAPC: Final = 0x8D5
+#: The core's word for arithmetic flags that it has computed.
+_COMPUTED: Final = 1
+#: Who is told of these asks for the flags.
+_EVENTS: Final = frozenset(
+    0x100 + code for code in (*range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), Intercept.VINTR, Intercept.SWINT)
+)
 PAUSE: Final = 0x100 + Intercept.PAUSE
 #: The core's interrupt numbers are below; 0, which it does not use, is a fault that a carried instruction has raised.
 INTERRUPTS: Final = 0x200
@@ -237,7 +247,7 @@ class Budget:
         s.translate = lib.address_of(lib.uc_vmem_translate)
         s.fetch = lib.address_of(lib.uc_vmem_read)
         s.read_register = lib.address_of(lib.uc_reg_read)
-        s.flags_register = lib.x86.UC_X86_REG_EFLAGS
+        s.flags_register = _RFLAGS
         self._handlers = handlers
         s.interrupt, s.fail, s.port_in, s.port_out, s.behind_io = handlers
         #: C functions for IN and OUT, and for loads and stores where no memory is; 0: Python's are called.
@@ -262,6 +272,10 @@ class Budget:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
             self._eip = ctypes.c_uint64.from_address(env + Env.EIP) if env else None
             self._hflags = ctypes.c_uint32.from_address(env + Env.HFLAGS) if env else None
+            if env:
+                self._source = ctypes.c_uint64.from_address(env + Env.CC_SRC)
+                self._operation = ctypes.c_uint32.from_address(env + Env.CC_OP)
+                self._computed = ctypes.c_uint64()
             self._block_twin = lib.HOOK_BLOCK_T(self._twin_block)
             self._interrupt_twin = lib.HOOK_INTR_T(self._twin_interrupt)
             self.on_block = lib.address_of(self._block_twin)
@@ -361,6 +375,8 @@ class Budget:
             self._hflags.value = flags & ~Hf.INHIBIT_IRQ
             if not self.pause(flags & Hf.CPL):
                 return
+        if number in _EVENTS and self._eip is not None:
+            self._settle_flags(uc)
         cells = self.cells
         cells[0] += self.costs[number]
         try:
@@ -369,6 +385,11 @@ class Budget:
             self._handlers.fail(error)
         if cells[0] >= cells[1]:
             lib.uc_emu_stop(uc)
+
+    def _settle_flags(self, uc: int) -> None:
+        if self._operation.value != _COMPUTED and not lib.uc_reg_read(uc, _RFLAGS, ctypes.byref(self._computed)):
+            self._source.value = self._computed.value & _OSZAPC
+            self._operation.value = _COMPUTED
 
     def pause(self, cpl: int) -> bool:
         """Charge one PAUSE at ``cpl``; whether the pause-loop window closed. The core has not moved RIP for it."""
