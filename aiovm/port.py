@@ -313,7 +313,7 @@ class VcpuPort:
         """Instruction breakpoints."""
         vcpu = self.vcpu
         state = vcpu.context.state
-        if vcpu.eff_db and not state.rflags & _RF:
+        if vcpu.eff_db and not state.rflags & _RF and not vcpu.context.ss_shadow:
             hits = instruction_hits(vcpu.eff_db, self._linear_rip())
             if hits:
                 self._debug_event(hits)

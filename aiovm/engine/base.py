@@ -248,6 +248,8 @@ class Context(Protocol):
 
     #: Go instruction by instruction, with :meth:`GuestPort.on_step` and :meth:`GuestPort.on_stepped` around each.
     stepping: bool
+    #: While stepping: the instruction before has loaded SS, and holds instruction breakpoints back (as on Intel's).
+    ss_shadow: bool
     #: While stepping, note the accesses to memory for :meth:`take_accesses`.
     watching: bool
     #: The pause-loop window, ns; negative: no pause-loop exits.

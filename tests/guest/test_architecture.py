@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from bare import CODE, CODE0, DATA, GDT, HANDLERS, IDT, STACK0, TABLES, TR, TSS, bare
+from bare import CODE, CODE0, DATA, DATA0, GDT, HANDLERS, IDT, STACK0, TABLES, TR, TSS, bare
 
 from aiovm.engine.base import Seg
 from aiovm.errors import TripleFault
@@ -813,6 +813,67 @@ def test_cpuid_tells_osxsave():
 @pytest.mark.parametrize("code", ["660fae3c25", "660fae3425"])
 def test_clflushopt_and_clwb_are_executed(code):
     assert bare(code + "00000500" + END).rip == CODE + 9 + 2  # [0x50000]
+
+
+# ---- stack faults and shadows ------------------------------------------------------------------------------------
+
+FAR = 0x8000_0000_0000  # not canonical
+
+
+@pytest.mark.parametrize(
+    ("code", "register", "vector"),
+    [
+        ("8b0424", 4, 12),  # mov eax, [rsp]
+        ("8b442408", 4, 12),  # mov eax, [rsp+8]
+        ("8b4500", 5, 12),  # mov eax, [rbp]
+        ("488945f8", 5, 12),  # mov [rbp-8], rax
+        ("0fb64500", 5, 12),  # movzx eax, byte [rbp]
+        ("418b4500", 13, GP),  # mov eax, [r13]: DS
+        ("8b00", 0, GP),  # mov eax, [rax]
+        ("8b0428", 5, GP),  # mov eax, [rax+rbp]: an index names no stack
+        ("648b4500", 5, GP),  # mov eax, fs:[rbp]
+        ("50", 4, 12),  # push rax
+        ("58", 4, 12),  # pop rax
+        ("9c", 4, 12),  # pushfq
+        ("ff30", 4, 12),  # push [rax]
+        ("8f00", 4, 12),  # pop [rax]
+        ("e800000000", 4, 12),  # call
+        ("ffd0", 4, 12),  # call rax
+        ("c3", 4, 12),  # ret
+        ("c9", 5, 12),  # leave
+    ],
+)
+def test_a_stack_address_that_is_not_canonical_is_ss(code, register, vector):
+    """SDM vol. 3A, 6.15, interrupts 12 and 13. The handlers have a stack of their own (IST 1)."""
+
+    def setup(vm):
+        vm.memory.write_u(TSS + 36, 8, STACK0)
+        for number in (12, 13):
+            _gate(vm, number, HANDLERS + 8 * number, ist=1)
+
+    regs = {0: DATA} | {register: FAR + 0x1000}
+    assert fault(code, regs=regs, setup=setup) == (vector, 0, CODE)
+
+
+@pytest.mark.parametrize(
+    ("code", "hit"),
+    [
+        ("8ed0" + "90" + "f4", False),  # mov ss, ax; nop
+        ("fb" + "90" + "f4", True),  # sti; nop
+        ("8ed8" + "90" + "f4", True),  # mov ds, ax; nop
+    ],
+)
+def test_a_load_of_ss_holds_an_instruction_breakpoint_back(code, hit):
+    """The one on the next instruction (SDM vol. 3A, 6.8.3)."""
+
+    def setup(vm):
+        vcpu = vm.vcpus[0]
+        vcpu.context.state.set_dr(0, CODE + code.index("90") // 2)
+        vcpu.context.state.set_dr(7, 0x402)
+        vcpu.update_debug()
+
+    end = bare(code.replace("f4", END), regs={0: DATA0}, setup=setup)
+    assert (end.vector == DB) is hit
 
 
 # ---- descriptor tables -------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 The core says where an intercepted instruction stands, not what it looked like: prefixes make it longer, ModRM names a
 register or memory. Everything else is executed by the core and never comes here.
 
-Modelled: legacy prefixes, REX, one- and two-byte opcodes, ModRM, SIB, displacements, 8-bit immediates.
-Not modelled: VEX, three-byte opcodes, wider immediates (no intercepted instruction has one).
+Modelled: legacy prefixes, REX, one- and two-byte opcodes, ModRM, SIB, displacements, 8-bit immediates of intercepted
+instructions. Not modelled: VEX, three-byte opcodes, other immediates (no intercepted instruction has one; of others the
+memory operand is asked alone, and the length is short by the immediate).
 """
 
 from __future__ import annotations
@@ -12,15 +13,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiovm.engine.base import Reg, Seg
+from aiovm.page_walk import is_canonical
 
 if TYPE_CHECKING:
     from aiovm.engine.base import CpuState
 
-__all__ = ["Instruction", "decode", "effective_address"]
+__all__ = ["Instruction", "decode", "effective_address", "leaves_the_stack"]
 
 _SEGMENT_PREFIXES: Final = {0x26: Seg.ES, 0x2E: Seg.CS, 0x36: Seg.SS, 0x3E: Seg.DS, 0x64: Seg.FS, 0x65: Seg.GS}
-#: Opcodes with ModRM (groups 6 and 7, MOV CR and DR); opcodes with an 8-bit immediate (IN, OUT, INT n).
-_WITH_MODRM: Final = frozenset({0x0F00, 0x0F01, 0x0F20, 0x0F21, 0x0F22, 0x0F23})
+#: Opcodes with ModRM (SDM vol. 2D, tables A-2 and A-3), of which MOV CR and DR name registers alone.
+_WITH_MODRM: Final = frozenset(
+    {opcode for opcode in range(0x40) if not opcode & 4}
+    | {0x63, 0x69, 0x6B, *range(0x80, 0x90), 0xC0, 0xC1, 0xC6, 0xC7, *range(0xD0, 0xD4), *range(0xD8, 0xE0)}
+    | {0xF6, 0xF7, 0xFE, 0xFF}
+    | set(range(0x0F00, 0x0F04)) | {0x0F0D} | set(range(0x0F10, 0x0F24)) | set(range(0x0F28, 0x0F30))
+    | set(range(0x0F40, 0x0F80)) - {0x0F77} | set(range(0x0F90, 0x0FA0)) | {0x0FA3, 0x0FA4, 0x0FA5}
+    | set(range(0x0FAB, 0x0FC8)) | set(range(0x0FD0, 0x0FFF))
+)  # fmt: skip
+_REGISTERS_ALONE: Final = range(0x0F20, 0x0F24)
+#: Opcodes with an 8-bit immediate (IN, OUT, INT n).
 _WITH_IMM8: Final = frozenset({0xE4, 0xE5, 0xE6, 0xE7, 0xCD})
 #: 16-bit addressing: (base, index) by ModRM.rm (SDM vol. 2A, table 2-1).
 _PAIRS16: Final = (
@@ -107,15 +118,15 @@ def decode(code: bytes, mode: int) -> Instruction | None:
         index: int | None = None
         scale = displacement = 0
         # MOV to and from CR and DR name registers whatever ModRM.mod says (SDM vol. 2B, MOV).
-        if modrm < 0xC0 and opcode < 0x0F20:
+        if opcode in _REGISTERS_ALONE:
+            modrm |= 0xC0
+        elif modrm < 0xC0:
             if address_size == 2:
                 at, base, index, displacement = _memory16(code, at, modrm)
             else:
                 at, base, index, scale, displacement = _memory(code, at, modrm, rex)
                 if base is None and index is None and mode == 64 and modrm & 0xC7 == 5:
                     base = -1  # RIP-relative
-        elif opcode >= 0x0F20:
-            modrm |= 0xC0
         return Instruction(
             at, opcode, operand_size, address_size, segment, rep, lock, modrm, reg, rm, 0, base, index, scale,
             displacement,
@@ -180,3 +191,25 @@ def effective_address(cpu: CpuState, insn: Instruction) -> int:
     if cpu.long_mode:
         return address + (cpu.segment(segment).base if segment in (Seg.FS, Seg.GS) else 0) & _M64
     return address + cpu.segment(segment).base & 0xFFFF_FFFF
+
+
+#: What pushes, pops or returns without a memory operand: PUSH, POP, PUSHF, POPF, RET, CALL; of FS and GS too.
+_STACK_OPCODES: Final = frozenset(
+    {*range(0x50, 0x60), 0x68, 0x6A, 0x9C, 0x9D, 0xC2, 0xC3, 0xC8, 0xE8, 0x0FA0, 0x0FA1, 0x0FA8, 0x0FA9}
+)
+_LEAVE: Final = 0xC9
+#: ModRM.reg of PUSH and of CALL in group 5, and POP.
+_GROUP5_STACK: Final = frozenset({2, 3, 6})
+
+
+def leaves_the_stack(cpu: CpuState, insn: Instruction) -> bool:
+    """Whether 64-bit ``insn`` refers to SS by an address that is not canonical: #SS and not #GP (SDM vol. 3A, 6.15)."""
+    rsp = cpu.gpr[Reg.RSP]
+    if insn.opcode == _LEAVE:
+        return not is_canonical(cpu.gpr[Reg.RBP])
+    names_memory = insn.opcode in _WITH_MODRM and not insn.is_register
+    if names_memory and insn.segment is None and insn.base in (Reg.RSP, Reg.RBP):
+        return not is_canonical(effective_address(cpu, insn))
+    if insn.opcode in _STACK_OPCODES or (insn.opcode == 0xFF and insn.reg & 7 in _GROUP5_STACK) or insn.opcode == 0x8F:
+        return not is_canonical(rsp) or not is_canonical(rsp - 1 & _M64)
+    return False

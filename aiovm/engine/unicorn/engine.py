@@ -116,6 +116,7 @@ class UnicornContext:
         #: Stop after each instruction: see :meth:`aiovm.engine.base.GuestPort.on_step`.
         self.stepping = False
         self.watching = False
+        self.ss_shadow = False
         self.accesses: list[tuple[int, int, bool]] = []
         #: Budget state of this vCPU while another one is loaded: frac, ple_first, ple_last.
         self.carried = (0, 0, 0)
@@ -767,9 +768,10 @@ class UnicornEngine:
             context.port.on_step()
             if self._over():
                 break
-            before = self.cells[0]
+            before, linear = self.cells[0], context.linear_rip
             context.state.q[_EFLAGS] &= ~_RF
             error = self._go(context, 1)
+            context.ss_shadow = context.state.interrupt_shadow and self.intercepts.loads_ss(context, linear)
             if error or self._over():
                 break
             context.port.on_stepped()

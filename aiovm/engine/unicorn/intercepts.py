@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aiovm.engine.base import DescriptorTable
+from aiovm.engine.base import DescriptorTable, Seg
 from aiovm.engine.unicorn.budget import FAULTED, INTERRUPTS
-from aiovm.engine.unicorn.decode import Instruction, decode, effective_address
+from aiovm.engine.unicorn.decode import Instruction, decode, effective_address, leaves_the_stack
 from aiovm.engine.unicorn.layout import Env, Hf, Intercept
 from aiovm.engine.unicorn.system_store import store_system
 from aiovm.errors import EngineError
@@ -92,18 +92,24 @@ class Intercepts:
 
     # ---- code --------------------------------------------------------------------------------------------------------
 
-    def code_bytes(self, context: UnicornContext, length: int) -> bytes:
-        """The instruction bytes at RIP, as many of ``length`` as are mapped executable."""
-        linear = context.linear_rip
+    def code_bytes(self, linear: int, length: int) -> bytes:
+        """The instruction bytes at a linear address, as many of ``length`` as are mapped executable."""
         near = min(length, PAGE - linear % PAGE)
         code = self._engine.fetch(linear, near)
         return code + self._engine.fetch(linear + near, length - near) if code and near < length else code
 
-    def decode(self, context: UnicornContext) -> Instruction | None:
-        """The instruction at RIP; None when its bytes cannot be read any more."""
+    def decode(self, context: UnicornContext, linear: int | None = None) -> Instruction | None:
+        """The instruction at RIP or ``linear``; None when its bytes cannot be read any more."""
+        if linear is None:
+            linear = context.linear_rip
         flags = context.state.d[_HFLAGS]
         mode = 64 if flags & Hf.CS64 else 32 if flags & Hf.CS32 else 16
-        return decode(self.code_bytes(context, _LONGEST), mode)
+        return decode(self.code_bytes(linear, _LONGEST), mode)
+
+    def loads_ss(self, context: UnicornContext, linear: int) -> bool:
+        """Whether MOV to SS or POP SS stands there."""
+        insn = self.decode(context, linear)
+        return insn is not None and (insn.opcode == 0x17 or (insn.opcode == 0x8E and insn.reg & 7 == Seg.SS))
 
     def _length(self, context: UnicornContext, plain: int, size: int = 2) -> int:
         """How long the instruction is whose ``size`` bytes, little-endian, are ``plain`` but for prefixes."""
@@ -203,6 +209,10 @@ class Intercepts:
         if engine.claims.replaying and engine.claims.close(context):
             engine.stop()
         error = state.d[Env.ERROR_CODE >> 2] if vector in _WITH_ERROR else None
+        if vector == 13 and not error and state.long_mode:
+            insn = self.decode(context)
+            if insn is not None and leaves_the_stack(state, insn):  # the core calls it #GP
+                vector = 12
         context.port.on_exception(vector, error, engine.fault_address if vector == 14 else 0)
 
     def _undefined(self, context: UnicornContext, number: int) -> None:
