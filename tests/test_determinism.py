@@ -7,7 +7,11 @@ import sys
 
 import pytest
 
+from aiovm import guests
 from aiovm.engine.unicorn.budget import NATIVE
+from aiovm.loop import Host, run
+from aiovm.trace import HashSink, Tracer
+from aiovm.vm import Vm
 
 HASH_SEEDS = ["0", "1", "random"]
 
@@ -66,6 +70,34 @@ def test_whatever_the_hash_seed(lock, policy):
 def test_the_block_hook_in_c_and_its_python_twin(lock):
     in_c = fresh(MEASURE, lock, "2", "fair", "C", "3")
     assert fresh(MEASURE, lock, "2", "fair", "Python", "3", hash_seed="1") == in_c
+
+
+def trace_of(cmdline, **options):
+    """How a run of the bench guest ended, at what time, what it said, and the trace's hash."""
+
+    async def main():
+        tracer, digest = Tracer(), HashSink()
+        tracer.add(digest)
+        said = bytearray()
+        async with Vm(Host(2, trace=tracer), vcpus=2, ple=False, console=said.extend, **options) as vm:
+            vm.load(guests.path("bench").read_bytes(), cmdline=cmdline)
+            outcome = await vm.run()
+        tracer.flush()
+        return outcome, bytes(said), digest.hexdigest()
+
+    return run(main())
+
+
+@pytest.mark.skipif(not NATIVE, reason="the C hook is not built: there is the Python twin only")
+@pytest.mark.parametrize(
+    "loop",
+    ["cpuid", "msr", "wrmsr", "port", "in", "mmio", "store", "hypercall", "rdtsc", "pause", "fault", "timer", "ipi"],
+)
+def test_an_exit_in_c_and_in_python(loop):
+    """Carried by C or not: the same answers at the same times."""
+    in_c = trace_of(f"loop={loop} n=40", native=True)
+    assert in_c[0].status == 1
+    assert trace_of(f"loop={loop} n=40", native=False) == in_c
 
 
 def test_different_seeds_differ():

@@ -19,6 +19,7 @@ from aiovm.engine.unicorn import lib as unicorn_lib
 from aiovm.errors import ConfigError, StateError
 from aiovm.events import EventKind
 from aiovm.exits import BUDGET, GuestException, Hlt, Interrupted, PauseLoop, SystemEvent
+from aiovm.interrupt_return import interrupt_return
 from aiovm.memory import GuestMemory, GuestPtr, SlotFlags
 
 CODE, STACK, DATA = 0x10000, 0x20000, 0x30000
@@ -902,6 +903,77 @@ def test_into(make):
     m.state.rflags = 0x802  # OF
     assert m.run() == GuestException(4)
     assert m.seen("int") == [(0x10000, 4, 1, EventKind.SOFT_EXC)]
+
+
+# ---- IRET ------------------------------------------------------------------------------------------------------------
+
+
+def returning(make, *parts, words=None):
+    """A machine that intercepts IRET, does it in Python, and has a frame (RIP, CS, RFLAGS, RSP, SS) on its stack."""
+    m = make(*parts)
+    m.memory.write_u(DATA + 8, 8, 0x00AF_9B00_0000_FFFF)
+    m.memory.write_u(DATA + 0x10, 8, 0x00CF_9300_0000_FFFF)
+    m.state.gdt = DescriptorTable(DATA, 0x17)
+    for at, word in enumerate(words or (CODE + 2, 8, 0x46, STACK + 0x100, 0x10)):
+        m.memory.write_u(STACK + 8 * at, 8, word)
+    m.state.iret_intercepted = True
+
+    def on_interrupt_return(width):
+        m.port.note("iret", width)
+        assert interrupt_return(m.state, m.memory, width) is None
+        return True
+
+    m.port.on_interrupt_return = on_interrupt_return
+    return m
+
+
+def test_an_iret_that_stays_in_its_segments_is_the_cores_where_c_can_tell(make):
+    m = returning(make, "48cf f4")  # iretq; hlt
+    assert m.run() == Hlt(False)
+    assert (m.state.rip, m.gpr[4], m.state.rflags) == (CODE + 3, STACK + 0x100, 0x46)
+    assert m.cells[0] == 600  # three bytes of code: no whole nanosecond
+    assert m.seen("iret") == ([] if m.engine.native and m.engine.pointers else [(CODE, 8)])
+    assert m.state.iret_intercepted
+
+
+@pytest.mark.parametrize(
+    ("instruction", "words"),
+    [
+        ("48cf", (CODE + 2, 0xB, 0x46, STACK + 0x100, 0x13)),  # to CPL 3
+        ("48cf", (CODE + 2, 8, 0x46, STACK + 0x100, 0)),  # another stack segment
+        ("4048cf", (CODE + 3, 8, 0x46, STACK + 0x100, 0x10)),  # a prefix more
+        ("48cf", (CODE + 2, 8, 0x146, STACK + 0x100, 0x10)),  # into a single step
+    ],
+)
+def test_other_irets_are_pythons(make, instruction, words):
+    m = returning(make, instruction, "90 f4", words=words)
+    for at, entry in ((8, 0x00AF_9B00_0000_FFFF), (0x10, 0x00CF_9300_0000_FFFF)):
+        m.memory.write_u(DATA + at, 8, entry | (words[1] & 3) << 45)
+    m.run()
+    assert m.state.cpl == words[1] & 3
+    assert m.state.selector(Seg.SS) == words[4]
+    if words[2] == 0x46:
+        assert m.seen("iret") == [(CODE, 8)]
+    else:  # whosever it is
+        assert m.seen("exception") == [(CODE + 3, 1, None, 0)]
+
+
+def test_irets_without_end_take_time(make):
+    m = returning(make, "48cf", words=(CODE, 8, 2, STACK, 0x10))  # to itself, with its own frame
+    assert m.run(1000) is BUDGET
+    assert m.cells[0] == 1000
+    assert m.state.rip == CODE
+    assert m.state.iret_intercepted
+
+
+def test_an_iret_is_stepped_over(make):
+    m = returning(make, "48cf 90 f4")
+    m.context.stepping = True
+    m.port.leave_on["stepped"] = Interrupted()
+    assert m.run() == Interrupted()
+    assert m.state.rip == CODE + 2
+    m.context.stepping = False
+    assert m.run() == Hlt(False)
 
 
 # ---- system calls ----------------------------------------------------------------------------------------------------

@@ -74,7 +74,12 @@ typedef struct {
     void (*flush_tlb)(void *);
     uint64_t *cr3;
     int64_t cr3_width;       /* bits that CR3 has; 0: stores to it go to Python */
-    uint64_t *resume;        /* where a block clears RF: the flags, or nobody's word */
+    uint64_t *resume;        /* where a block clears RF: the flags, or nobody's word; see let_return */
+    uint64_t *intercepts;    /* by bit: the exit's number less 0x160 */
+    uint64_t *resume_after;  /* what resume was */
+    uint64_t returning;      /* RF */
+    int64_t returned;        /* the block that is the IRET alone has begun */
+    int64_t counted;         /* the slice is of so many instructions; 0: it is not */
 } budget;
 
 /* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
@@ -98,11 +103,20 @@ typedef struct {
     uint16_t icount, size;
 } block;
 
-enum { CR3_WRITE = 0x113, EXCEPTION = 0x140, UNDEFINED = 0x146, WINDOW = 0x164, SOFT_INTERRUPT = 0x175, RDTSC = 0x16e, CPUID = 0x172, PAUSE = 0x177, HLT = 0x178,
-       MSR = 0x17c };
+enum { CR3_WRITE = 0x113, EXCEPTION = 0x140, UNDEFINED = 0x146, INTERCEPTS = 0x160, WINDOW = 0x164, RDTSC = 0x16e,
+       CPUID = 0x172, IRET = 0x174, SOFT_INTERRUPT = 0x175, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
 /* FAULTED is no interrupt of the core's: a carried instruction has raised a fault. */
 enum { FAULTED = 0, EFER = 0xc0000080 };
-enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, RF = 1 << 16, EXECUTE = 4 };
+enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, NT = 1 << 14, RF = 1 << 16, READ = 1, EXECUTE = 4 };
+
+/* IRET is intercepted again. */
+static void intercept_returns(budget *b)
+{
+    if (b->resume == &b->returning) {
+        b->resume = b->resume_after;
+        *b->intercepts |= (uint64_t)1 << (IRET - INTERCEPTS);
+    }
+}
 
 static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
 {
@@ -116,8 +130,18 @@ static void on_block(void *uc, uint64_t address, uint32_t size, void *data)
             return;
         cells[0] = now + (charge >> 8);
         b->frac = charge & 255;
-        if (__builtin_expect(*b->resume & RF, 0))
-            *b->resume &= ~(uint64_t)RF;
+        if (__builtin_expect(*b->resume & RF, 0)) {
+            if (b->resume != &b->returning) {
+                *b->resume &= ~(uint64_t)RF;
+            } else if (!b->returned) { /* it was charged before it exited */
+                b->returned = 1;
+                cells[0] = now;
+                b->frac = charge - (int64_t)size * b->rate;
+            } else {
+                intercept_returns(b);
+                *b->resume &= ~(uint64_t)RF;
+            }
+        }
     } else if (!*b->exit_pending) {
         b->stops++;
         b->stop(uc);
@@ -246,6 +270,28 @@ static void interrupt(budget *b, uint32_t number)
         failed(b);
     Py_XDECREF(result);
     Py_XDECREF(argument);
+}
+
+/* IRET is intercepted for the sake of returns to another level. A plain one of 64-bit code to the segments that it runs
+ * in is let through: the core executes it when the hook is left, in a block that is not charged again. */
+static int let_return(budget *b, void *uc)
+{
+    uint64_t frame[5]; /* RIP, CS, RFLAGS, RSP, SS */
+    if (!(*b->hflags & CS64) || *b->eflags & (TF | NT) || *b->exit_pending || *b->windows || b->counted || over(b))
+        return 0;
+    fetch_code(b, uc);
+    if ((b->code & 0xffff) != 0xcf48 || b->fetch(uc, b->regs[4], READ, frame, sizeof frame))
+        return 0;
+    if ((frame[1] & 0xffff) != (uint32_t)b->cs_base[-1] || (frame[4] & 0xffff) != (uint32_t)b->cs_base[2])
+        return 0;
+    if ((uint64_t)((int64_t)(frame[0] << 16) >> 16) != frame[0])
+        return 0;
+    *b->intercepts &= ~((uint64_t)1 << (IRET - INTERCEPTS));
+    b->resume_after = b->resume;
+    b->resume = &b->returning;
+    b->returning = RF;
+    b->returned = 0;
+    return 1;
 }
 
 /* What a method of the port says to some numbers; null: it raised. */
@@ -386,6 +432,7 @@ static void report(budget *b, void *uc, uint32_t number)
 static void on_interrupt(void *uc, uint32_t number, void *data)
 {
     budget *b = data;
+    intercept_returns(b);
     if (number == PAUSE && b->eip) {
         int64_t now = b->cells[0], end = now + b->pause_cost;
         uint64_t next = *b->eip + 2;
@@ -405,6 +452,8 @@ static void on_interrupt(void *uc, uint32_t number, void *data)
     if (number == RDTSC && b->tsc_khz && answer_rdtsc(b, uc))
         return;
     if (number == CR3_WRITE && b->cr3_width && answer_cr3(b, uc))
+        return;
+    if (number == IRET && b->eip && let_return(b, uc))
         return;
     report(b, uc, number);
 }
@@ -549,7 +598,9 @@ static int enter(budget *b, void *uc, uint64_t rip, size_t count)
 {
     int error;
     running = b;
+    b->counted = (int64_t)count;
     error = b->start(uc, rip, 0, 0, count);
+    intercept_returns(b);
     running = NULL;
     return error;
 }

@@ -14,6 +14,7 @@ Rules (both hooks follow them; tests compare them):
 * The C hooks carry CPUID, RDMSR, WRMSR, hypercalls, IN, OUT, and loads and stores where no memory is, to the running
   vCPU's port and the answers back, as :mod:`~aiovm.engine.unicorn.intercepts`, :mod:`~aiovm.engine.unicorn.io` and the
   engine do where there is no C; forms with prefixes, single steps, EFER and I/O outside CPL 0 go there.
+* The C hook lets a plain IRET that stays in its segments through to the core, uncharged; others go to Python.
 * The core computes arithmetic flags when somebody asks. Before an event is reported they are computed, for they will be
   pushed.
 * A slice whose time is over, or that somebody ended, stops at the end of an exit: faults on faults may never reach a
@@ -138,6 +139,11 @@ class BudgetStruct(ctypes.Structure):
         ("cr3", c_void_p),
         ("cr3_width", c_int64),
         ("resume", c_void_p),
+        ("intercepts", c_void_p),
+        ("resume_after", c_void_p),
+        ("returning", c_uint64),
+        ("returned", c_int64),
+        ("counted", c_int64),
     )
     if TYPE_CHECKING:
         rate: int
@@ -233,6 +239,7 @@ class Budget:
             s.cc_operation = env + Env.CC_OP
             s.tsc_aux = env + MSRS[_TSC_AUX]
             s.windows = windows
+            s.intercepts = env + Env.INTERCEPT
             s.cr3 = env + Env.CR + 24
         self.clear_resume(True)
         s.tsc_epoch = -1
