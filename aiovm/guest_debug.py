@@ -4,7 +4,9 @@ Rules:
 
 * Four breakpoints, enabled by DR7's L or G bits: on an instruction, on data written, or read and written. A debugger
   with USE_HW_BP has them all, and the guest's do nothing meanwhile.
-* Instruction breakpoints are faults and do not strike with RFLAGS.RF; data breakpoints are traps.
+* Instruction breakpoints are faults and do not strike with RFLAGS.RF; data breakpoints are traps. A load of SS holds
+  both back: the one on the next instruction does not strike, its own strikes behind that, together with INT1's (SDM
+  vol. 3A, 6.8.3).
 * While one is enabled, or the debugger steps, the engine goes instruction by instruction. Data breakpoints compare
   physical addresses, so that every alias counts.
 * I/O breakpoints (CR4.DE, type 2) are the core's own.

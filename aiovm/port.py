@@ -306,6 +306,9 @@ class VcpuPort:
         if kind is EventKind.SOFT_EXC and vector == 3 and self.vcpu.guest_debug & DebugControl.USE_SW_BP:
             self._leave_debug(3, 0)
             return
+        if kind is EventKind.ICEBP:  # one #DB for both
+            state.set_dr(6, state.get_dr(6) | self.vcpu.held_hits)
+            self.vcpu.held_hits = 0
         return_rip = state.rip + length & (_M64 if state.long_mode else 0xFFFF_FFFF)
         self._deliver(vector, kind, return_rip=return_rip)
 
@@ -322,9 +325,12 @@ class VcpuPort:
         """Data breakpoints, and the debugger's single step."""
         vcpu = self.vcpu
         accesses = vcpu.context.take_accesses()
-        hits = data_hits(vcpu.eff_db, accesses, vcpu.arch.walk_mmu.translate_debug)
+        hits = data_hits(vcpu.eff_db, accesses, vcpu.arch.walk_mmu.translate_debug) | vcpu.held_hits
+        vcpu.held_hits = 0
         if vcpu.guest_debug & DebugControl.SINGLESTEP:
             self._leave_debug(1, hits | _DR6_BS)
+        elif vcpu.context.ss_shadow:
+            vcpu.held_hits = hits
         elif hits:
             self._debug_event(hits)
 

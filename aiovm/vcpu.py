@@ -125,6 +125,8 @@ class Vcpu(VcpuRequests, VcpuIoctls):
         self.blocking = False
         #: A device takes this vCPU's store: the interrupts that follow reach this CPU at once, not at the slice's end.
         self.answering = False
+        #: Data breakpoints (DR6's B0-B3) that a load of SS has hit: they strike behind the next instruction.
+        self.held_hits = 0
         self.in_spin_loop = False
         self.dy_eligible = False
         #: Who sent an IPI since this vCPU lost its CPU: a bit a thread number.
@@ -735,6 +737,7 @@ class Vcpu(VcpuRequests, VcpuIoctls):
         self.arm_timer()
         self.events.reset()
         self.update_debug()
+        self.held_hits = 0
         self.pv_unhalted = False
         self.pv.reset()
 

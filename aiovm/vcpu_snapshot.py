@@ -73,6 +73,7 @@ class VcpuSnapshot:
     tpr_access_reporting: bool
     ipi_senders: int
     yielded: bool
+    held_hits: int
     owed: int
 
 
@@ -80,7 +81,7 @@ class VcpuSnapshot:
 _PLAIN: Final = (
     "cpu", "preempted", "preempted_in_kernel", "ready", "in_spin_loop", "dy_eligible", "pv_unhalted", "halt_poll_ns",
     "smbase", "ia32_misc_enable_msr", "tpr_access_reporting", "ipi_senders", "mp_state", "guest_debug_dr",
-    "yielded",
+    "yielded", "held_hits",
 )  # fmt: skip
 _ACCOUNT: Final = tuple(field.name for field in fields(ThreadAccount))
 

@@ -127,6 +127,7 @@ class ContextState:
     window: bool
     nmi_window: bool
     ple_window: int
+    ss_shadow: bool
 
 
 class Registers(Protocol):

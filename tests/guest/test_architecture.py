@@ -876,6 +876,28 @@ def test_a_load_of_ss_holds_an_instruction_breakpoint_back(code, hit):
     assert (end.vector == DB) is hit
 
 
+@pytest.mark.parametrize(
+    ("code", "rip"),
+    [
+        ("90" + "90", CODE + 8),  # nop: behind it
+        ("f1" + "90", CODE + 8),  # int1: one #DB for both
+        ("2ef1" + "90", CODE + 9),  # with a prefix
+        ("cc" + "90", HANDLERS + 8 * 3),  # int3: #BP first, and then at its handler
+    ],
+)
+def test_a_load_of_ss_holds_its_data_breakpoint_back(code, rip):
+    load = "8e142500000500"  # mov ss, [0x50000]
+
+    def setup(vm):
+        vcpu = vm.vcpus[0]
+        vcpu.context.state.set_dr(1, DATA)
+        vcpu.context.state.set_dr(7, 0xF0_0408)  # 4 bytes, read or written
+        vcpu.update_debug()
+
+    end = bare(load + code + END, more={DATA: "10000000"}, setup=setup, look=lambda vm: vm.vcpus[0].held_hits)
+    assert (end.vector, end.fault_rip, end.dr[6] & 0xF, end.extra) == (DB, rip, 2, 0)
+
+
 # ---- descriptor tables -------------------------------------------------------------------------------------------
 
 

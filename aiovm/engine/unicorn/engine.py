@@ -178,7 +178,7 @@ class UnicornContext:
         s.rip = 0xFFF0
         s.rflags = 2
         s.cpl = 0
-        s.interrupt_shadow = False
+        s.interrupt_shadow = self.ss_shadow = False
         s.nmi_masked = False
 
     def take_accesses(self) -> list[tuple[int, int, bool]]:
@@ -237,7 +237,13 @@ class UnicornContext:
         state = self.state
         state.paging_changed = True
         return ContextState(
-            bytes(self.buffer), state.flags_changed, self.carried, self.window, self.nmi_window, self.ple_window
+            bytes(self.buffer),
+            state.flags_changed,
+            self.carried,
+            self.window,
+            self.nmi_window,
+            self.ple_window,
+            self.ss_shadow,
         )
 
     def restore(self, state: ContextState) -> None:
@@ -251,6 +257,7 @@ class UnicornContext:
         self.state.paging_changed = True
         self.carried = state.carried
         self.window, self.nmi_window, self.ple_window = state.window, state.nmi_window, state.ple_window
+        self.ss_shadow = state.ss_shadow
 
     def get_fpu(self) -> KvmFpu:
         return read_fpu(self)
