@@ -1,8 +1,9 @@
 """What time is it, and when is the next thing due: one heap of (deadline, serial), in integer nanoseconds.
 
 Two clocks with one face. :class:`VirtualClock` moves only when somebody says that time passed; the event loop
-pops its heap (``loop.VirtualLoop``). :class:`WallClock` is the host's monotonic clock, read here and nowhere else,
-with the loop's timers as mere hints: whoever wakes early looks again.
+pops its heap (``loop.VirtualLoop``). :class:`WallClock` is the host's monotonic clock, read here and nowhere else. A
+timer of Linux's wakes it (``timerfd_create(2)``), as event loops know whole milliseconds only: who wakes early looks
+again and again, and who wakes late makes a guest wait. Elsewhere it takes the loop's.
 
 Slices run ahead. A slice that begins at loop time *t* moves ``cells[0]`` on while it runs, so that everything that
 happens inside it (RDTSC, timers armed, IPIs sent) sees its own time; afterwards the loop goes on at *t*, and the vCPU
@@ -21,9 +22,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import heapq
+import os
+import struct
+import sys
 import threading
 import time
+import weakref
 from collections import deque
+from contextlib import suppress
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -37,6 +43,10 @@ __all__ = ["FOREVER", "MOST_TURNS", "Alarm", "Clock", "Timer", "VirtualClock", "
 
 #: A deadline that never comes.
 FOREVER: Final = 1 << 62
+
+#: What is due so soon (ns) is waited for by turns of the loop; a timer would take as long.
+_AT_ONCE: Final = 10_000
+_ABSTIME: Final = 1
 
 #: :attr:`VirtualClock.most_turns`, where nobody outside waits to be heard.
 MOST_TURNS: Final = 512
@@ -144,6 +154,11 @@ class Alarm:
             timer.callback = self._fire
         self._timer = timer
         self._push(deadline, timer)
+
+    def ring(self) -> None:
+        """Wake the waiter now; not from a step of its own."""
+        self.disarm()
+        self._fire()
 
     def disarm(self) -> None:
         """Forget an arming, and a ring that nobody has heard."""
@@ -330,6 +345,50 @@ class VirtualClock:
         return self.steps(1) > 0
 
 
+class _LoopTimer:
+    """Calls ``due`` some time after the moment that was set last; or before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, due: Callable[[], object]) -> None:
+        self._loop = loop
+        self._due = due
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, moment: int) -> None:
+        """``moment``: of ``time.monotonic_ns()``."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_later((moment - time.monotonic_ns()) / SEC, self._due)
+
+
+class _LinuxTimer:
+    """The same by ``timerfd``, to some microseconds and never before. :class:`OSError` where there is none."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, due: Callable[[], object]) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create")
+        self._set = libc.timerfd_settime
+        self._due = due
+        weakref.finalize(self, os.close, self._fd)
+        loop.add_reader(self._fd, self._rang)
+
+    def set(self, moment: int) -> None:
+        self._set(self._fd, _ABSTIME, struct.pack("4q", 0, 0, *divmod(moment, SEC)), None)
+
+    def _rang(self) -> None:
+        with suppress(BlockingIOError):  # it was set anew
+            os.read(self._fd, 8)
+        self._due()
+
+
+def _timer(loop: asyncio.AbstractEventLoop, due: Callable[[], object]) -> _LinuxTimer | _LoopTimer:
+    if sys.platform == "linux":
+        with suppress(OSError, NotImplementedError):  # out of descriptors; a loop that watches none
+            return _LinuxTimer(loop, due)
+    return _LoopTimer(loop, due)
+
+
 class WallClock:
     """The host's monotonic time since the clock was made, on a running asyncio or uvloop loop."""
 
@@ -347,8 +406,9 @@ class WallClock:
         self._thread = threading.get_ident()
         self._heap: list[tuple[int, int, Timer]] = []
         self._serial = 0
-        self._hint: asyncio.TimerHandle | None = None
-        self._hint_at = FOREVER
+        self._timer = _timer(self._loop, self._due)
+        #: When :meth:`_due` is called next.
+        self._due_at = FOREVER
 
     def now(self) -> int:
         """Nanoseconds since the clock was made."""
@@ -386,17 +446,16 @@ class WallClock:
         if not heap:
             return
         deadline = heap[0][0]
-        if deadline >= self._hint_at:
+        if deadline >= self._due_at:
             return
-        if self._hint is not None:
-            self._hint.cancel()
-        self._hint_at = deadline
-        delay = (deadline - self.now()) / 1_000_000_000
-        self._hint = self._loop.call_later(max(0.0, delay), self._due)
+        self._due_at = deadline
+        if deadline <= self.now() + _AT_ONCE:
+            self._loop.call_soon(self._due)
+        else:
+            self._timer.set(self.base_ns + deadline)
 
     def _due(self) -> None:
-        self._hint = None
-        self._hint_at = FOREVER
+        self._due_at = FOREVER
         heap = self._heap
         now = self.now()
         try:

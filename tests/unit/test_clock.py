@@ -1,11 +1,13 @@
 """The heap of deadlines, the slice's limit, alarms: when is the next thing due."""
 
 import asyncio
+import sys
+import time
 
 import pytest
 
 from aiovm.clock import FOREVER, Alarm, VirtualClock, WallClock, new_cells
-from aiovm.loop import VirtualLoop, run
+from aiovm.loop import VirtualLoop, run, run_wall
 
 
 def drain(clock):
@@ -441,6 +443,40 @@ async def test_wall_deadlines_in_the_past_run_soon_and_other_threads_may_arm():
         done.clear()
         await asyncio.to_thread(clock.call_at, clock.now(), done.set)
         await done.wait()
+
+
+@pytest.mark.wall
+@pytest.mark.skipif(sys.platform != "linux", reason="timerfd_create is Linux's")
+def test_who_waits_less_than_a_millisecond_sleeps():
+    """uvloop rounds 0.4 ms to nothing: whoever looked again and again would compute for all of the time."""
+
+    async def main():
+        clock = WallClock()
+        alarm = Alarm(clock)
+        began, computed = clock.now(), time.thread_time_ns()
+        for _ in range(100):
+            await alarm.until(clock.now() + 400_000)
+        return (time.thread_time_ns() - computed) / (clock.now() - began)
+
+    assert run_wall(main()) < 0.5
+
+
+@pytest.mark.wall
+async def test_without_linuxs_timer_the_loops_is_taken(monkeypatch):
+    def out_of_descriptors(_loop, _due):
+        raise OSError
+
+    monkeypatch.setattr("aiovm.clock._LinuxTimer", out_of_descriptors)
+    clock = WallClock()
+    seen, done = [], asyncio.Event()
+    start = clock.now()
+    clock.call_at(start + 2_000_000, lambda: (seen.append(clock.now() - start), done.set()))
+    clock.call_at(start + 1_000_000, lambda: seen.append(clock.now() - start))
+    async with asyncio.timeout(5):
+        await done.wait()
+    assert len(seen) == 2
+    assert seen[0] >= 1_000_000
+    assert seen[1] >= 2_000_000
 
 
 @pytest.mark.wall
