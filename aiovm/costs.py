@@ -6,7 +6,7 @@ executes: no table of instructions, no cache, no history, so the same code costs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Costs"]
 
@@ -37,3 +37,8 @@ class Costs:
     quantum_ns: int = 2_000
     #: The guest's TSC: 2 GHz.
     tsc_khz: int = 2_000_000
+
+    def on_the_wall(self) -> Costs:
+        """What bounds a slice where time passes by itself: the host's own for what it answers, measured
+        (benchmarks/README.md), so that many answers do not make a slice long. On its way nothing takes extra time."""
+        return replace(self, exit_ns=1_500, inject_ns=20_000, ipi_ns=0)

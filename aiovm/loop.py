@@ -183,6 +183,7 @@ class Host:
             clock = loop.clock if isinstance(loop, VirtualLoop) else WallClock()
         self.clock = clock
         self.costs = Costs() if costs is None else costs
+        self._switch_ns = self.costs.context_switch_ns if clock.is_virtual else 0
         self.seed = seed
         self.random = random.Random(seed)
         self.trace = Tracer() if trace is None else trace
@@ -338,7 +339,7 @@ class Host:
     def _dispatch(self, pcpu: Pcpu, thread: Thread, now: int) -> None:
         if pcpu.current is not None or thread.state is not ThreadState.READY:
             raise StateError(f"dispatch of thread {thread.number}, which is {thread.state.value}, on CPU {pcpu.index}")
-        start = now + self.costs.context_switch_ns
+        start = now + self._switch_ns
         pcpu.current = thread
         pcpu.switches += 1
         thread.state = ThreadState.RUNNING

@@ -40,6 +40,8 @@ class Machine(Protocol):
     mmio: Bus
     cpuid: CpuidTable
     kvmclock: KvmClock
+    #: (now, limit) of the running slice, charged ns: in virtual time the clock's own.
+    cells: memoryview
     #: Guest TSC cycles a millisecond.
     tsc_khz: int
     #: Pause-loop exiting is on.

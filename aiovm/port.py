@@ -367,7 +367,7 @@ class VcpuPort:
     ) -> bool:
         """Through the guest's own tables; a triple fault ends the slice. Whether it was delivered."""
         vm, vcpu = self.vm, self.vcpu
-        vm.clock.cells[0] += vm.costs.inject_ns
+        vm.cells[0] += vm.costs.inject_ns
         outcome = deliver_event(
             vcpu.context.state,
             vm.memory,

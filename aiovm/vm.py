@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +42,7 @@ from aiovm.memory import GuestMemory, MemoryMap
 from aiovm.panic import PanicWatch
 from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
 from aiovm.pc import Pc
+from aiovm.slice_thread import SliceThread
 from aiovm.snapshot import check_host, put, take
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
@@ -127,7 +127,9 @@ class Vm(VmIoctls, VmRest):
         self.host = host
         self.number = host.register_machine(self)
         self.clock = host.clock
-        self.costs = host.costs
+        virtual = isinstance(self.clock, VirtualClock)
+        self.costs = host.costs if virtual else host.costs.on_the_wall()
+        self.cells = self.clock.cells if virtual else new_cells()
         self.trace = host.trace
         self.tsc_khz = host.costs.tsc_khz
         self.ple = ple
@@ -156,20 +158,20 @@ class Vm(VmIoctls, VmRest):
         self.typed = bytearray()
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
 
-        virtual = isinstance(self.clock, VirtualClock)
         self.runs_ahead = virtual
         #: On the wall clock: whose slice runs, and who was kicked while it waited for its turn.
         self._slicing: Context | None = None
         self._kicked: set[Context] = set()
         self._inbox: deque[Callable[[], object]] = deque()
         self._baton = asyncio.Lock()
-        self._worker = None if virtual else ThreadPoolExecutor(1, f"aiovm-{self.number}")
+        loop = asyncio.get_running_loop()
+        self._worker = None if virtual else SliceThread(f"aiovm-{self.number}", loop, self.clock)
         self._loop_thread = threading.get_ident()
         self._init_rest()
         self.memory.on_change(self._may_change_memory)
         self.engine = UnicornEngine(
             self.memory,
-            self.clock.cells if virtual else new_cells(),
+            self.cells,
             costs=self.costs,
             native=native,
             pointers=pointers,
@@ -189,7 +191,7 @@ class Vm(VmIoctls, VmRest):
         for slot, backend in zip(self._virtio_slots, self._backends, strict=True):
             self.mmio.register(slot.base, slot.length, backend.attach(self, self.pc.new_line(slot.gsi)))
         self._running: asyncio.Task[Outcome] | None = None
-        self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[Outcome] = loop.create_future()
         self.image: LoadedImage | None = None
 
     @classmethod
@@ -452,7 +454,7 @@ class Vm(VmIoctls, VmRest):
             vcpu.disarm_timer()
         self.pc.disarm()
         if self._worker is not None:
-            self._worker.shutdown()
+            self._worker.close()
         self.engine.close()
 
     def _put(self, byte: int) -> bool:
@@ -538,30 +540,14 @@ class Vm(VmIoctls, VmRest):
                 self._kicked.discard(context)
                 return Interrupted()
             self._slicing = context
-            limit = self.engine.cells[0] + budget
-            slice_ = asyncio.get_running_loop().run_in_executor(self._worker, context.run, limit)
+            assert self._worker is not None
             try:
-                return await self._slice_end(slice_)
+                return await self._worker.call(context.run, self.cells[0] + budget, self.engine.kick)
             finally:
                 self._slicing = None
                 while self._inbox:
                     self._inbox.popleft()()
                 self._kicked.discard(context)  # it is out of guest mode
-
-    async def _slice_end(self, slice_: asyncio.Future[Exit]) -> Exit:
-        """Wait for the worker thread. Who is cancelled kicks the slice, and goes when it has ended."""
-        try:
-            return await asyncio.shield(slice_)
-        except asyncio.CancelledError:
-            while not slice_.done():
-                self.engine.kick()
-                try:
-                    await asyncio.wait([slice_])
-                except asyncio.CancelledError:
-                    continue
-            if not slice_.cancelled():
-                slice_.exception()  # looked at: nobody else will
-            raise
 
     # ---- interrupts ----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ FLOORS = {
         "bus",
         "irq",
         "clock",
+        "slice_thread",
         "costs",
         "tsc",
         "guest_debug",
@@ -62,7 +63,7 @@ FLOORS = {
 #: A protocol may name, for the type checker, what stands above it.
 NAMED_FROM_BELOW = {("machine", "loop"), ("engine.base", "events")}
 
-ASYNCIO = ("clock", "loop", "vcpu", "vm", "vm_rest", "console")
+ASYNCIO = ("clock", "slice_thread", "loop", "vcpu", "vm", "vm_rest", "console")
 HOST_TIME = ("clock",)
 RANDOM = ("loop", "policy.*", "sim.machine", "backends.entropy")
 #: Extensions in C; they import nothing.

@@ -76,6 +76,7 @@ class SimMachine:
         self.number = host.register_machine(self)
         self.clock: Clock = host.clock
         self.costs = host.costs
+        self.cells = host.clock.cells
         self.trace = host.trace
         self.tsc_khz = host.costs.tsc_khz
         self.ple = ple

@@ -4,14 +4,18 @@ import asyncio
 import importlib.util
 import re
 import threading
+import time
 
 import pytest
 
 from aiovm import guests
 from aiovm.clock import WallClock
+from aiovm.engine.unicorn.engine import UnicornContext
 from aiovm.errors import TripleFault
+from aiovm.loaders import apply
 from aiovm.loop import Host, run_wall
 from aiovm.policy.thread import ThreadState
+from aiovm.vcpu import MpState
 from aiovm.vm import Vm
 from aiovm.vm_life import LifeState
 
@@ -21,6 +25,10 @@ NEVER_END = bytes.fromhex("ebfe")  # jmp $
 HALT_FOR_EVER = bytes.fromhex("fa f4")  # cli; hlt
 NO_IDT = bytes.fromhex("0f011e077c 0f0b 000000000000")  # lidt [0x7c07]; ud2; a table of one byte
 SAY_X = bytes.fromhex("baf803 b078 ee ebfe")  # mov dx, 0x3f8; mov al, 'x'; out dx, al; jmp $
+OUT_FOR_EVER = bytes.fromhex("e680 ebfc")  # out 0x80, al; jmp
+CPUID_FOR_EVER = bytes.fromhex("0fa2 ebfc")  # cpuid; jmp
+#: mov word [0x80], 0x7c10; mov [0x82], cs; int 32; jmp; an iret at 0x7c10.
+INT_FOR_EVER = bytes.fromhex("c7068000107c 8c0e8200 cd20 ebfc 9090 cf")
 #: Waits for a byte on the serial port, sends it back and ends.
 ECHO = bytes.fromhex("bafd03 ec a801 74fb baf803 ec ee b000 e6f4")
 
@@ -144,6 +152,37 @@ def test_a_heartbeat_keeps_beating(run):
         return beats
 
     assert run(main()) >= 5
+
+
+@pytest.mark.parametrize("code", [OUT_FOR_EVER, INT_FOR_EVER, CPUID_FOR_EVER], ids=["out", "int", "cpuid"])
+def test_answers_do_not_make_a_slice_long(run, code, monkeypatch):
+    """While Python answers, the slice's thread holds the interpreter, and the loop gets it at the slice's end for sure.
+    In CPU time, which a busy machine does not stretch; a slice that charged nothing for answers would take seconds."""
+    spent = []
+    run_slice = UnicornContext.run
+
+    def timed(context, limit):
+        begin = time.thread_time_ns()
+        exit_ = run_slice(context, limit)
+        spent.append(time.thread_time_ns() - begin)
+        return exit_
+
+    monkeypatch.setattr(UnicornContext, "run", timed)
+
+    async def main():
+        async with Vm(Host(4), vcpus=4, memory=1 << 20) as vm, asyncio.timeout(60):
+            image = vm.load(code)
+            for vcpu in vm.vcpus[1:]:
+                apply(image.entry, vcpu.context.state)
+                vcpu.set_mp_state(MpState.RUNNABLE)
+            vm.start()
+            while len(spent) < 12:  # noqa: ASYNC110 - there is no event for it
+                await asyncio.sleep(0.001)
+            vm.stop()
+            await vm.finished()
+
+    run(main())
+    assert max(spent) < 50_000_000
 
 
 @pytest.mark.parametrize("code", [NEVER_END, HALT_FOR_EVER], ids=["running", "halted"])
