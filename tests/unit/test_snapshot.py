@@ -379,7 +379,7 @@ MADE = {
     "program's": "kvm_run sigpending sigset sigset_active _immediate_exit _interrupted",
     "hooks": "on_sched_out on_slice lock_probe",
 }
-MADE_CONTEXT = "engine index port buffer address state map_generation stepping watching accesses answers tsc"
+MADE_CONTEXT = "engine index port buffer address state _stored map_generation stepping watching accesses answers tsc"
 MADE_THREAD = "number group notifier alarm state resched"
 
 

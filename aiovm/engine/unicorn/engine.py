@@ -49,7 +49,7 @@ from aiovm.engine.unicorn.layout import (
     Hf2,
     Intercept,
 )
-from aiovm.engine.unicorn.state import EnvState
+from aiovm.engine.unicorn.state import EnvState, Views
 from aiovm.engine.unicorn.syscall import syscall, sysenter
 from aiovm.errors import ConfigError
 from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
@@ -109,8 +109,8 @@ class UnicornContext:
         self.buffer = bytearray(engine.template)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.buffer))
         #: The registers, wherever they are.
-        self.state = EnvState(self._read_flags)
-        self.state.bind(memoryview(self.buffer))
+        self._stored = Views.of(memoryview(self.buffer))
+        self.state = EnvState(self._read_flags, self._stored)
         self.window = False
         self.nmi_window = False
         #: Stop after each instruction: see :meth:`aiovm.engine.base.GuestPort.on_step`.
@@ -132,9 +132,9 @@ class UnicornContext:
     def is_loaded(self) -> bool:
         return self.engine.current is self
 
-    def bind(self, where: memoryview) -> None:
-        """The engine moved the registers."""
-        self.state.bind(where)
+    def bind(self, views: Views | None) -> None:
+        """The engine moved the registers to the core, or back (None)."""
+        self.state.bind(self._stored if views is None else views)
 
     @property
     def linear_rip(self) -> int:
@@ -386,6 +386,7 @@ class UnicornEngine:
         else:
             self._env = self._pending_at = 0
             self._live = self._payload
+        self._loaded = Views.of(self._live)
         self.template = self._make_template()
 
     def _make_template(self) -> bytes:
@@ -542,7 +543,7 @@ class UnicornEngine:
             return
         self.unload()
         self._live[:] = context.buffer
-        context.bind(self._live)
+        context.bind(self._loaded)
         self.current = context
         s = self.budget.struct
         s.frac, s.ple_first, s.ple_last = context.carried
@@ -562,7 +563,7 @@ class UnicornEngine:
         if not context.state.paging_changed:
             self._tlb_of = _paging_key(context.state)
         context.buffer[:] = self._live
-        context.bind(memoryview(context.buffer))
+        context.bind(None)
         s = self.budget.struct
         context.carried = (s.frac, s.ple_first, s.ple_last)
         self.current = None

@@ -11,7 +11,7 @@ they are already folded; writing folds them.
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiovm.engine.base import DescriptorTable, Seg, Segment
 from aiovm.engine.unicorn.layout import SEGMENT_SIZE, Env, Hf, Hf2, Intercept
@@ -20,7 +20,7 @@ from aiovm.interrupt_return import loses_selector
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["EnvState"]
+__all__ = ["EnvState", "Views"]
 
 _M64 = (1 << 64) - 1
 _CC = 0x8D5  # O S Z A P C
@@ -66,26 +66,37 @@ _TABLES: Callable[[memoryview], tuple[int, ...]] = itemgetter(
 _VM = 1 << 17
 
 
+class Views(NamedTuple):
+    """A place of the core's structure, by words of eight, four and two bytes; and the general registers."""
+
+    q: memoryview
+    d: memoryview
+    h: memoryview
+    gpr: memoryview
+
+    @classmethod
+    def of(cls, where: memoryview) -> Views:
+        """The views of ``where``, a byte view."""
+        q = where.cast("Q")
+        return cls(q, where.cast("I"), where.cast("H"), q[0:16])
+
+
 class EnvState:
     """The registers of one vCPU; ``bind`` says where they are now."""
 
     __slots__ = ("_read_flags", "d", "flags_changed", "gpr", "h", "paging_changed", "q")
 
-    def __init__(self, read_flags: Callable[[], int]) -> None:
+    def __init__(self, read_flags: Callable[[], int], views: Views) -> None:
         self._read_flags = read_flags
         #: A control register or EFER was written: the TLB must be flushed before the vCPU runs.
         self.paging_changed = False
         #: RFLAGS was written: see :meth:`fold_flags`.
         self.flags_changed = False
-        self.bind(memoryview(bytearray(0x15C0)))
+        self.bind(views)
 
-    def bind(self, where: memoryview) -> None:
-        """Use the state at ``where`` (a byte view)."""
-        self.q = where.cast("Q") if where.format == "B" else where.cast("B").cast("Q")
-        plain = self.q.cast("B")
-        self.d = plain.cast("I")
-        self.h = plain.cast("H")
-        self.gpr = self.q[0:16]
+    def bind(self, views: Views) -> None:
+        """Use the state that ``views`` look at."""
+        self.q, self.d, self.h, self.gpr = views
 
     # ---- instruction pointer and flags ------------------------------------------------------------------------
 
