@@ -16,7 +16,7 @@ from aiovm import Host, Vm, run_wall
 from aiovm.loaders import apply
 from aiovm.stats import percentile
 from aiovm.vcpu import MpState
-from benchmarks.bench_linux import GUESTS, PROMPT
+from benchmarks.bench_boot import GUESTS, PROMPT
 from benchmarks.common import show
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def seconds(command: list[str], words: bytes) -> float:
 
 def ours(clock: str, vcpus: int) -> float:
     """aiovm's seconds."""
-    return seconds([sys.executable, "-m", "benchmarks.bench_linux", clock, str(vcpus)], b"at the prompt")
+    return seconds([sys.executable, "-m", "benchmarks.bench_boot", clock, str(vcpus)], b"at the prompt")
 
 
 def qemu(vcpus: int) -> float:
@@ -154,7 +154,7 @@ def table(vcpus: int) -> None:
 def main() -> None:
     """Measure and print."""
     if not (GUESTS / "initrd.gz").exists():
-        print(f"linux: no guests in {GUESTS}; run make guests, or set AIOVM_GUESTS")
+        print(f"boot: no guests in {GUESTS}; run make guests, or set AIOVM_GUESTS")
         return
     rows = []
     for vcpus in (1, 4):
