@@ -13,6 +13,7 @@ import enum
 from typing import TYPE_CHECKING, Protocol
 
 from aiovm.errors import ConfigError
+from aiovm.policy.thread import Crowd
 
 if TYPE_CHECKING:
     import random
@@ -70,11 +71,14 @@ class Policy:
         self.slice_ns = slice_ns
         self.jitter = jitter
         self.pcpus: Sequence[Pcpu] = ()
+        self.crowd = Crowd()
         self.random: random.Random
 
     def attach(self, pcpus: Sequence[Pcpu], random_: random.Random) -> None:
         """The host is ready; called once, before anything else."""
         self.pcpus = pcpus
+        for pcpu in pcpus:
+            pcpu.join(self.crowd)
         self.random = random_
 
     def start(self, host: PolicyHost) -> None:
@@ -93,17 +97,11 @@ class Policy:
 
     def select_pcpu(self, thread: Thread, now: int) -> Pcpu:
         """Where a waking thread goes: its last CPU if idle, else an idle one, else the least loaded."""
-        last = self.pcpus[thread.pcpu_index] if thread.pcpu_index >= 0 else None
-        if last is not None and last.current is None:
-            return last
-        best: Pcpu | None = None
-        for pcpu in self.pcpus:
-            if pcpu.current is None:
-                return pcpu
-            if best is None or pcpu.load < best.load or (pcpu.load == best.load and pcpu is last):
-                best = pcpu
-        assert best is not None
-        return best
+        last = thread.pcpu_index
+        if last >= 0 and self.pcpus[last].current is None:
+            return self.pcpus[last]
+        idle = self.crowd.first_idle
+        return self.pcpus[idle if idle >= 0 else self.crowd.least_loaded(last)]
 
     def slice_of(self, thread: Thread, pcpu: Pcpu) -> int:
         """How long ``thread``, about to run on ``pcpu``, may keep it while others wait (ns)."""
@@ -122,8 +120,8 @@ class Policy:
         """Take the next thread off ``pcpu``'s queue; from the longest other queue when it is empty."""
         if pcpu.queue:
             return pcpu.queue.pop(0)
-        busiest = max(self.pcpus, key=lambda p: (len(p.queue), -p.index))
-        return busiest.queue.pop(0) if busiest.queue else None
+        busiest = self.crowd.longest_queue
+        return self.pcpus[busiest].queue.pop(0) if busiest >= 0 else None
 
     # ---- news ----------------------------------------------------------------------------------------------------
 

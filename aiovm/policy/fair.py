@@ -133,9 +133,10 @@ class Fair(Policy):
 
     def _pull(self, pcpu: Pcpu, now: int) -> Thread | None:
         """New-idle balancing: take the thread that waits longest on the longest queue."""
-        busiest = max(self.pcpus, key=lambda p: (len(p.queue), -p.index))
-        if not busiest.queue:
+        longest = self.crowd.longest_queue
+        if longest < 0:
             return None
+        busiest = self.pcpus[longest]
         thread = min(busiest.queue, key=lambda t: (t.ready_since, t.number))
         busiest.queue.remove(thread)
         if self._next[busiest.index] is thread:

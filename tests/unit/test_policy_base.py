@@ -77,6 +77,32 @@ def test_else_to_the_least_loaded_and_its_own_of_equals():
     assert p.select_pcpu(thread(0), 0) is p.pcpus[1]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_crowd_knows_what_asking_every_cpu_would_tell(seed):
+    p = policy(70)
+    source = random.Random(seed)
+    for number in range(600):
+        pcpu = p.pcpus[source.randrange(70)]
+        change = source.randrange(6)
+        if change < 2:
+            pcpu.queue.append(thread(number))
+        elif change == 2:
+            pcpu.queue[:] = [thread(number)] * source.randrange(4)
+        elif change == 3:
+            del pcpu.queue[:1]
+        else:
+            pcpu.current = thread(number) if change == 4 else None
+        loads = [len(c.queue) + (c.current is not None) for c in p.pcpus]
+        queues = [len(c.queue) for c in p.pcpus]
+        idle = [c.index for c in p.pcpus if c.current is None]
+        own = source.randrange(70)
+        assert [c.load for c in p.pcpus] == loads
+        assert p.crowd.first_idle == (idle[0] if idle else -1)
+        assert p.crowd.longest_queue == (queues.index(max(queues)) if any(queues) else -1)
+        assert p.crowd.least_loaded(own) == (own if loads[own] == min(loads) else loads.index(min(loads)))
+        assert p.crowd.least_loaded(-1) == loads.index(min(loads))
+
+
 def test_the_directed_yields_target_is_next():
     p = policy(1)
     a, b, c = (thread(n) for n in range(3))
