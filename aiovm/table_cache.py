@@ -15,13 +15,14 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
+from aiovm.engine.base import Segment
 from aiovm.page_walk import PagingRegs, is_canonical, kernel_page
 from aiovm.segmentation import read_system, segment_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiovm.engine.base import CpuState, Segment
+    from aiovm.engine.base import CpuState
     from aiovm.memory import GuestMemory
     from aiovm.segmentation import Fault
 
@@ -50,13 +51,13 @@ class Handler(NamedTuple):
     gate_dpl: int
     dpl: int
     conforming: bool
-    segments: tuple[Segment, Segment, Segment, Segment]
+    segments: tuple[Segment, ...]
 
     @classmethod
     def of(cls, gate: int, descriptor: int) -> Handler:
         """What a 16-byte gate and its code segment's descriptor say."""
         selector = gate >> 16 & 0xFFFC
-        cs = segment_of(selector, descriptor)
+        _, base, limit, flags = segment_of(selector, descriptor)
         return cls(
             gate & 0xFFFF | gate >> 32 & 0xFFFF_FFFF_FFFF_0000,
             bool(gate >> 40 & 1),
@@ -64,7 +65,7 @@ class Handler(NamedTuple):
             gate >> 45 & 3,
             descriptor >> 45 & 3,
             bool(descriptor & 1 << 42),
-            (cs, *(cs._replace(selector=selector | rpl) for rpl in (1, 2, 3))),  # type: ignore[arg-type]
+            tuple(Segment(selector | rpl, base, limit, flags) for rpl in range(4)),
         )
 
 

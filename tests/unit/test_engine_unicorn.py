@@ -958,6 +958,15 @@ def test_other_irets_are_pythons(make, instruction, words):
         assert m.seen("exception") == [(CODE + 3, 1, None, 0)]
 
 
+def test_an_interrupt_that_waits_is_taken_behind_the_iret_that_sets_if(make):
+    m = returning(make, "48cf 90 f4", words=(CODE + 2, 8, 0x246, STACK + 0x100, 0x10))
+    m.context.request_irq_window(True)
+    assert m.run() == Hlt(True)
+    assert m.seen("iret") == ([] if m.engine.native and m.engine.pointers else [(CODE, 8)])
+    if m.engine.pointers:
+        assert m.seen("window") == [(CODE + 2, 0x200, False)]
+
+
 def test_irets_without_end_take_time(make):
     m = returning(make, "48cf", words=(CODE, 8, 2, STACK, 0x10))  # to itself, with its own frame
     assert m.run(1000) is BUDGET

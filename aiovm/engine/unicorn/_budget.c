@@ -42,7 +42,7 @@ typedef struct {
     volatile uint16_t *exit_pending; /* non-zero: the core leaves before this block */
     uint64_t *eip;           /* null on the public path: every exit goes to Python */
     uint32_t *hflags;
-    uint8_t *windows;        /* non-zero: an interrupt waits for the guest to take it */
+    uint8_t *windows;        /* what waits for the guest to take it: bit 0 an interrupt, bit 1 an NMI */
     uint64_t *cs_base;
     int (*stop)(void *);
     const int64_t *costs;    /* of each interrupt number but PAUSE's, ns */
@@ -107,7 +107,8 @@ enum { CR3_WRITE = 0x113, EXCEPTION = 0x140, UNDEFINED = 0x146, INTERCEPTS = 0x1
        CPUID = 0x172, IRET = 0x174, SOFT_INTERRUPT = 0x175, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
 /* FAULTED is no interrupt of the core's: a carried instruction has raised a fault. */
 enum { FAULTED = 0, EFER = 0xc0000080 };
-enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, NT = 1 << 14, RF = 1 << 16, READ = 1, EXECUTE = 4 };
+enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, IF = 0x200, NT = 1 << 14, RF = 1 << 16, READ = 1, EXECUTE = 4 };
+enum { INTERRUPT = 1 }; /* of the windows */
 
 /* IRET is intercepted again. */
 static void intercept_returns(budget *b)
@@ -277,7 +278,9 @@ static void interrupt(budget *b, uint32_t number)
 static int let_return(budget *b, void *uc)
 {
     uint64_t frame[5]; /* RIP, CS, RFLAGS, RSP, SS */
-    if (!(*b->hflags & CS64) || *b->eflags & (TF | NT) || *b->exit_pending || *b->windows || b->counted || over(b))
+    if (!(*b->hflags & CS64) || *b->eflags & (TF | NT) || *b->exit_pending || b->counted || over(b))
+        return 0;
+    if (*b->windows && (*b->eflags & IF || *b->windows != INTERRUPT)) /* else it opens behind the IRET at the earliest */
         return 0;
     fetch_code(b, uc);
     if ((b->code & 0xffff) != 0xcf48 || b->fetch(uc, b->regs[4], READ, frame, sizeof frame))
