@@ -927,7 +927,19 @@ def returning(make, *parts, words=None):
     return m
 
 
-def test_an_iret_that_stays_in_its_segments_is_the_cores_where_c_can_tell(make):
+@pytest.mark.parametrize(("code", "stack"), [(0x00AF_9B00, 0x10), (0x00AF_FB00, 0x13)])
+def test_an_iret_that_loses_no_base_is_the_cores_where_c_can_tell(make, code, stack):
+    level = stack & 3
+    m = returning(make, "48cf 90 0fa2 f4", words=(CODE + 2, 8 | level, 0x46, STACK + 0x100, stack))  # ...; cpuid
+    m.memory.write_u(DATA + 8, 8, code << 32 | 0xFFFF)
+    m.memory.write_u(DATA + 0x10, 8, (0x00CF_9300 | level << 13) << 32 | 0xFFFF)
+    m.port.leave_on["cpuid"] = Interrupted()
+    assert m.run() == Interrupted()
+    assert (m.gpr[4], m.state.rflags, m.state.cpl) == (STACK + 0x100, 0x46, level)
+    assert m.seen("iret") == ([] if m.engine.native and m.engine.pointers else [(CODE, 8)])
+
+
+def test_an_iret_and_what_follows_are_charged_once(make):
     m = returning(make, "48cf f4")  # iretq; hlt
     assert m.run() == Hlt(False)
     assert (m.state.rip, m.gpr[4], m.state.rflags) == (CODE + 3, STACK + 0x100, 0x46)
@@ -939,7 +951,7 @@ def test_an_iret_that_stays_in_its_segments_is_the_cores_where_c_can_tell(make):
 @pytest.mark.parametrize(
     ("instruction", "words"),
     [
-        ("48cf", (CODE + 2, 0xB, 0x46, STACK + 0x100, 0x13)),  # to CPL 3
+        ("48cf", (CODE + 2, 0xB, 0x46, STACK + 0x100, 0x13)),  # to CPL 3, with a GS of CPL 0
         ("48cf", (CODE + 2, 8, 0x46, STACK + 0x100, 0)),  # another stack segment
         ("4048cf", (CODE + 3, 8, 0x46, STACK + 0x100, 0x10)),  # a prefix more
         ("48cf", (CODE + 2, 8, 0x146, STACK + 0x100, 0x10)),  # into a single step
@@ -947,6 +959,7 @@ def test_an_iret_that_stays_in_its_segments_is_the_cores_where_c_can_tell(make):
 )
 def test_other_irets_are_pythons(make, instruction, words):
     m = returning(make, instruction, "90 f4", words=words)
+    m.state.set_segment(Seg.GS, Segment(0x10, 0x1234_0000, 0xFFFF_FFFF, 0xC0_9300))
     for at, entry in ((8, 0x00AF_9B00_0000_FFFF), (0x10, 0x00CF_9300_0000_FFFF)):
         m.memory.write_u(DATA + at, 8, entry | (words[1] & 3) << 45)
     m.run()

@@ -109,6 +109,7 @@ enum { CR3_WRITE = 0x113, EXCEPTION = 0x140, UNDEFINED = 0x146, INTERCEPTS = 0x1
 enum { FAULTED = 0, EFER = 0xc0000080 };
 enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, IF = 0x200, NT = 1 << 14, RF = 1 << 16, READ = 1, EXECUTE = 4 };
 enum { INTERRUPT = 1 }; /* of the windows */
+enum { SS = 2, FS = 4, GS = 5, GDT = 8 };
 
 /* IRET is intercepted again. */
 static void intercept_returns(budget *b)
@@ -273,11 +274,34 @@ static void interrupt(budget *b, uint32_t number)
     Py_XDECREF(argument);
 }
 
-/* IRET is intercepted for the sake of returns to another level. A plain one of 64-bit code to the segments that it runs
- * in is let through: the core executes it when the hook is left, in a block that is not charged again. */
+/* A segment register, or the GDT's: selector, base, limit and flags << 32. */
+static const uint64_t *segment(const budget *b, int which)
+{
+    return b->cs_base - 4 + 3 * which;
+}
+
+/* Whether a return to that level takes the segment's selector, with which the core would take the base. */
+static bool loses(const budget *b, int which, uint64_t level)
+{
+    const uint64_t *s = segment(b, which);
+    uint64_t flags = s[2] >> 32;
+    return (s[0] & 0xfffc) && (flags >> 13 & 3) < level && (flags & 0xc00) != 0xc00;
+}
+
+/* Whether a selector names a present segment of the GDT. */
+static bool present(budget *b, void *uc, uint64_t selector)
+{
+    uint64_t descriptor;
+    return (selector & 0xfffc) && !(selector & 4) &&
+           !b->fetch(uc, segment(b, GDT)[1] + (selector & 0xfff8), READ, &descriptor, 8) && descriptor >> 47 & 1;
+}
+
+/* IRET is intercepted for the sake of FS and GS, whose bases the core would lose. One of 64-bit code that loses nothing,
+ * and in which the core is right to the last fault, is let through: it is executed when the hook is left, in a block that
+ * is not charged again. */
 static int let_return(budget *b, void *uc)
 {
-    uint64_t frame[5]; /* RIP, CS, RFLAGS, RSP, SS */
+    uint64_t frame[5], cs, ss; /* RIP, CS, RFLAGS, RSP, SS */
     if (!(*b->hflags & CS64) || *b->eflags & (TF | NT) || *b->exit_pending || b->counted || over(b))
         return 0;
     if (*b->windows && (*b->eflags & IF || *b->windows != INTERRUPT)) /* else it opens behind the IRET at the earliest */
@@ -285,9 +309,13 @@ static int let_return(budget *b, void *uc)
     fetch_code(b, uc);
     if ((b->code & 0xffff) != 0xcf48 || b->fetch(uc, b->regs[4], READ, frame, sizeof frame))
         return 0;
-    if ((frame[1] & 0xffff) != (uint32_t)b->cs_base[-1] || (frame[4] & 0xffff) != (uint32_t)b->cs_base[2])
-        return 0;
+    cs = frame[1] & 0xffff;
+    ss = frame[4] & 0xffff;
     if ((uint64_t)((int64_t)(frame[0] << 16) >> 16) != frame[0])
+        return 0;
+    if (ss != (uint32_t)segment(b, SS)[0] && !present(b, uc, ss))
+        return 0;
+    if ((cs & 3) > (*b->hflags & CPL) && (loses(b, FS, cs & 3) || loses(b, GS, cs & 3)))
         return 0;
     *b->intercepts &= ~((uint64_t)1 << (IRET - INTERCEPTS));
     b->resume_after = b->resume;

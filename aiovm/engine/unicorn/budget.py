@@ -14,7 +14,7 @@ Rules (both hooks follow them; tests compare them):
 * The C hooks carry CPUID, RDMSR, WRMSR, hypercalls, IN, OUT, and loads and stores where no memory is, to the running
   vCPU's port and the answers back, as :mod:`~aiovm.engine.unicorn.intercepts`, :mod:`~aiovm.engine.unicorn.io` and the
   engine do where there is no C; forms with prefixes, single steps, EFER and I/O outside CPL 0 go there.
-* The C hook lets a plain IRET that stays in its segments through to the core, uncharged; others go to Python.
+* The C hook lets a plain IRET that loses no base through to the core, uncharged; others go to Python.
 * The core computes arithmetic flags when somebody asks. Before an event is reported they are computed, for they will be
   pushed.
 * A slice whose time is over, or that somebody ended, stops at the end of an exit: faults on faults may never reach a
