@@ -46,12 +46,12 @@ EXPECTED = {
     ],
     LONG: [
         *((DE,), (DB,), (DB,), (BP,), (UD,), (UD,), (NM,), (NP, ABSENT), (SS, ABSENT), (GP, BEYOND)),
-        *((GP, 0x81 << 3 | 2), (PF, 0), (PF, 3), (PF, 0x10), (GP, 0), (GP, 0), (MF,), (UD,), (DB,), (DF, 0)),
+        *((GP, 0x81 << 3 | 2), (PF, 0), (PF, 3), (PF, 0x10), (GP, 0), (SS, 0), (MF,), (UD,), (DB,), (DF, 0)),
     ],
     IST: [(DE,), (BP,), (GP, BEYOND), (PF, 0), (UD,)],
     USER64: [
         *((DE,), (DB,), (BP,), (UD,), (GP, ABSENT), (GP, BEYOND), (GP, 0), (PF, 4), (PF, 7), (PF, 5), (PF, 0x15)),
-        *((GP, 0), (GP, 0), (MF,)),
+        *((GP, 0), (SS, 0), (MF,)),
     ],
     COMPAT: [
         *((DE,), (DB,), (BP,), (OF,), (BR,), (UD,), (GP, ABSENT), (GP, BEYOND), (GP, TSS64), (GP, 0), (PF, 4), (PF, 5)),
@@ -176,6 +176,9 @@ def as_manual(record):
     ):
         # Faults push RF set (vol. 3B, 18.3.1.1); #DF is an abort and pushes it as it is.
         words[at] |= 0x1_0000
+    if record.case == 0x47:
+        # An address by RSP or RBP that is not canonical is #SS (vol. 2A, MOV and PUSH: 64-bit mode exceptions).
+        words[0] ^= (GP ^ SS) << 16
     if (record.mode, record.case) == (LONG, 0x24):
         # The error code of a vector beyond the IDT has the vector at bit 3 (6.13); QEMU scales it by the gate's size.
         assert words[4] == 0x81 << 4 | 2
