@@ -28,6 +28,7 @@ __all__ = [
     "ctl",
     "hook_add",
     "internal",
+    "open_core",
     "words",
     "x86",
 ]
