@@ -39,6 +39,6 @@ class Costs:
     tsc_khz: int = 2_000_000
 
     def on_the_wall(self) -> Costs:
-        """What bounds a slice where time passes by itself: the host's own for what it answers, measured
-        (benchmarks/README.md), so that many answers do not make a slice long. On its way nothing takes extra time."""
-        return replace(self, exit_ns=1_500, inject_ns=20_000, ipi_ns=0)
+        """What bounds a slice where time passes by itself: an answer counts for somewhat more than it takes the host,
+        as many answers must not make a slice long (docs/design.md). On its way nothing takes extra time."""
+        return replace(self, exit_ns=2_000, inject_ns=40_000, ipi_ns=0)

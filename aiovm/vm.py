@@ -69,7 +69,7 @@ _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
 _DEBUG_EXIT = 0xF4
 _MAX_VCPUS = 255
 #: How much longer a slice is on the wall clock when no other vCPU of the machine wants to run.
-_ALONE = 3
+_ALONE = 6
 #: What firmware leaves in the boot CPU's local APIC: enabled, LINT0 takes the 8259's interrupts, LINT1 is NMI.
 _FIRMWARE_APIC = ((0x0F0, 0x1FF), (0x350, 0x700), (0x360, 0x400))
 #: And in the two 8259s, by offset: interrupts 0-7 are vectors 0x08 on, 8-15 are 0x70 on.
@@ -100,7 +100,7 @@ class Vm(VmIoctls, VmRest):
 
     ``memory``: bytes of RAM. ``ple``: pause-loop exiting. ``halt_poll_ns``: the longest halt poll (KVM's default).
     ``features``: what KVM's CPUID leaf promises. ``native``, ``pointers``: the engine's paths, for tests.
-    ``wall_slice_ns``: a slice's length on the wall clock, charged ns; three times that when no other vCPU wants to run.
+    ``wall_slice_ns``: a slice's length on the wall clock, charged ns; six times that when no other vCPU wants to run.
     ``nodes``: NUMA nodes, each with an equal share of CPUs and memory.
     ``console``: called with each byte string that the guest writes to its first serial port.
     ``virtio``: what stands behind its virtio devices (:mod:`aiovm.backends`), in the order in which it finds them.
