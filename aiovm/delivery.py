@@ -80,7 +80,6 @@ def deliver(
     cpu: CpuState,
     memory: GuestMemory,
     vector: int,
-    *,
     kind: EventKind,
     error_code: int | None = None,
     return_rip: int | None = None,
@@ -122,7 +121,6 @@ def deliver_event(
     cpu: CpuState,
     memory: GuestMemory,
     vector: int,
-    *,
     kind: EventKind,
     error_code: int | None = None,
     return_rip: int | None = None,
@@ -132,7 +130,7 @@ def deliver_event(
 
     CR2 follows each page fault, delivered or not.
     """
-    fault = deliver(cpu, memory, vector, kind=kind, error_code=error_code, return_rip=return_rip, tables=tables)
+    fault = deliver(cpu, memory, vector, kind, error_code, return_rip, tables)
     if fault is None:
         return vector
     exception = vector if kind in (EventKind.EXCEPTION, EventKind.ICEBP, EventKind.SOFT_EXC) else None
@@ -144,7 +142,7 @@ def deliver_event(
             return SHUTDOWN
         vector = exception = following
         error_code = fault.error_code if following == fault.vector else 0
-        fault = deliver(cpu, memory, vector, kind=EventKind.EXCEPTION, error_code=error_code, tables=tables)
+        fault = deliver(cpu, memory, vector, EventKind.EXCEPTION, error_code, None, tables)
     return vector
 
 

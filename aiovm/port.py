@@ -368,15 +368,7 @@ class VcpuPort:
         """Through the guest's own tables; a triple fault ends the slice. Whether it was delivered."""
         vm, vcpu = self.vm, self.vcpu
         vm.cells[0] += vm.costs.inject_ns
-        outcome = deliver_event(
-            vcpu.context.state,
-            vm.memory,
-            vector,
-            kind=kind,
-            error_code=error_code,
-            return_rip=return_rip,
-            tables=self._tables,
-        )
+        outcome = deliver_event(vcpu.context.state, vm.memory, vector, kind, error_code, return_rip, self._tables)
         if outcome == SHUTDOWN:
             self._shutdown("triple fault")
             return False

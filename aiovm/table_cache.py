@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _TABLE: Final = 0x000F_FFFF_FFFF_F000
-_MOST_SETS: Final = 64
-_MOST_PAGES: Final = 256
+_MOST_SETS: Final = 32
+_MOST_PAGES: Final = 32
 #: Gate: P and the type but for its lowest bit; of an interrupt gate.
 _GATE: Final = 0x9E << 40
 _GATE_IS: Final = 0x8E << 40
