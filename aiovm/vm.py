@@ -577,11 +577,7 @@ class Vm(VmIoctls, VmRest):
         for index in targets:
             target = self.vcpus[index]
             if target is source:
-                self._accept(source, target, message)
-                source.port.update_irq_window()
-                if message.mode is DeliveryMode.NMI:
-                    source.process_nmi()  # now: by the window's time it may be unmasked, and more would be remembered
-                    source.context.request_nmi_window(wanted=True)
+                self._accept_at_once(source, target, message)
             else:
                 self.post(self.clock.now() + self.costs.ipi_ns, partial(self._accept, source, target, message))
         return len(targets)
@@ -595,6 +591,14 @@ class Vm(VmIoctls, VmRest):
             source=-1 if source is None else source.thread.number,
         )
 
+    def _accept_at_once(self, source: Vcpu | None, target: Vcpu, message: IpiMessage) -> None:
+        """Inside the target's own slice, which takes it behind the instruction."""
+        self._accept(source, target, message)
+        target.port.update_irq_window()
+        if message.mode is DeliveryMode.NMI:
+            target.process_nmi()  # now: by the window's time it may be unmasked, and more would be remembered
+            target.context.request_nmi_window(wanted=True)
+
     def apic_map_changed(self) -> None:
         self.apic_map.recalculate()
 
@@ -606,8 +610,7 @@ class Vm(VmIoctls, VmRest):
             target = self.vcpus[index]
             # On the wall clock the slice runs in another thread, and what comes in waits for its end.
             if target.answering and self.runs_ahead:
-                self._accept(None, target, message)
-                target.port.update_irq_window()
+                self._accept_at_once(None, target, message)
             else:
                 self.post(now, partial(self._accept, None, target, message))
         return len(targets) or -1

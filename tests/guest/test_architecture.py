@@ -560,22 +560,32 @@ def test_sysenter_goes_where_it_should_whatever_its_prefixes():
 # ---- interrupts that an instruction brings to its own CPU --------------------------------------------------------
 
 
-def _pin_20_is_vector_0x40(vm):
-    for offset, value in ((0, 0x10 + 2 * 20), (0x10, 0x40)):
-        vm.mmio.write(0xFEC0_0000 + offset, 4, value, 0)
+def _pin_20_is(entry):
+    def setup(vm):
+        for offset, value in ((0, 0x10 + 2 * 20), (0x10, entry)):
+            vm.mmio.write(0xFEC0_0000 + offset, 4, value, 0)
+
+    return setup
 
 
 def test_an_interrupt_raised_by_out_is_taken_behind_it():
     # mov edx, 0x2014 | mov al, 1 | sti | nop | out dx, al | inc ebx
-    end = bare("ba14200000" + "b001" + "fb90" + "ee" + "ffc3" + END, setup=_pin_20_is_vector_0x40)
+    end = bare("ba14200000" + "b001" + "fb90" + "ee" + "ffc3" + END, setup=_pin_20_is(0x40))
     assert (end.vector, end.gpr[3]) == (0x40, 0)
     assert end.frame[0] == CODE + 10
 
 
 def test_an_interrupt_raised_by_out_waits_while_they_are_off():
     # mov edx, 0x2014 | mov al, 1 | out dx, al | inc ebx | sti | nop | jmp .
-    end = bare("ba14200000" + "b001" + "ee" + "ffc3" + "fb90" + "ebfe", setup=_pin_20_is_vector_0x40)
+    end = bare("ba14200000" + "b001" + "ee" + "ffc3" + "fb90" + "ebfe", setup=_pin_20_is(0x40))
     assert (end.vector, end.gpr[3]) == (0x40, 1)
+
+
+def test_an_nmi_raised_by_out_is_taken_behind_it():
+    # mov edx, 0x2014 | mov al, 1 | out dx, al | inc ebx
+    end = bare("ba14200000" + "b001" + "ee" + "ffc3" + END, setup=_pin_20_is(0x400))
+    assert (end.vector, end.gpr[3]) == (2, 0)
+    assert end.frame[0] == CODE + 8
 
 
 def test_an_nmi_to_oneself_is_taken_behind_the_store():

@@ -91,7 +91,7 @@ class PortIo:
     def behind_io(self, port: int, is_out: bool) -> None:
         """Behind an answered instruction the slice may end; behind an OUT an interrupt may be taken."""
         context = self._current
-        if self._engine.leaving or (is_out and context.window and context.state.rflags & _IF):
+        if self._engine.leaving or (is_out and (context.window or context.nmi_window) and _is_open(context)):
             self._arm(context, port, refused=False)
 
     def _permitted(self, port: int, size: int) -> bool:
@@ -150,11 +150,21 @@ class PortIo:
             engine.intercepts.trap(context)
         if engine.leaving:
             engine.stop()
+        elif context.nmi_window and not state.nmi_masked:
+            context.nmi_window = False
+            engine.apply_windows(context)
+            context.port.on_nmi_window()
         elif context.window:
             context.window = False
             engine.apply_windows(context)
             context.port.on_irq_window()
         return True
+
+
+def _is_open(context: UnicornContext) -> bool:
+    """Whether the guest takes what a window was asked for."""
+    state = context.state
+    return bool(context.window and state.rflags & _IF) or bool(context.nmi_window and not state.nmi_masked)
 
 
 def _destination(state: EnvState, insn: Instruction) -> int:
