@@ -980,6 +980,16 @@ def test_an_interrupt_that_waits_is_taken_behind_the_iret_that_sets_if(make):
         assert m.seen("window") == [(CODE + 2, 0x200, False)]
 
 
+@pytest.mark.parametrize("at", [MMIO, MMIO + 0xFF0])
+def test_nobody_looks_at_a_device_for_an_iret(make, at):
+    m = returning(make, "48cf f4")
+    m.gpr[4] = at
+    m.port.on_interrupt_return = lambda width: m.engine.leave(GuestException(13, 0)) or False
+    assert m.run() == GuestException(13, 0)
+    assert m.seen("read") == []
+    assert m.cells[0] == 0
+
+
 def test_irets_without_end_take_time(make):
     m = returning(make, "48cf", words=(CODE, 8, 2, STACK, 0x10))  # to itself, with its own frame
     assert m.run(1000) is BUDGET

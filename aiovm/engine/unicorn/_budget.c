@@ -57,6 +57,7 @@ typedef struct {
     int (*translate)(void *, uint64_t, uint32_t, uint64_t *);
     uint8_t *code_pages;     /* one byte a guest page: code was translated from it */
     uint64_t code_page_count;
+    const uint64_t *ram;     /* where memory is: pairs of first and last address plus one, then zeros */
     uint64_t *regs;          /* RAX, RCX, RDX; null: RDTSC goes to Python */
     uint64_t *eflags;
     uint64_t *cc_source;     /* the arithmetic flags, while cc_operation says so */
@@ -288,12 +289,24 @@ static bool loses(const budget *b, int which, uint64_t level)
     return (s[0] & 0xfffc) && (flags >> 13 & 3) < level && (flags & 0xc00) != 0xc00;
 }
 
+/* Look at bytes of one page: whether they can be read, and are memory's, which does not notice. */
+static bool peek(budget *b, void *uc, uint64_t linear, void *bytes, size_t size)
+{
+    uint64_t physical;
+    if ((linear & 4095) + size > 4096 || b->translate(uc, linear, READ, &physical))
+        return false;
+    for (const uint64_t *range = b->ram; range[1]; range += 2)
+        if (range[0] <= physical && physical < range[1])
+            return !b->fetch(uc, linear, READ, bytes, size);
+    return false;
+}
+
 /* Whether a selector names a present segment of the GDT. */
 static bool present(budget *b, void *uc, uint64_t selector)
 {
     uint64_t descriptor;
     return (selector & 0xfffc) && !(selector & 4) &&
-           !b->fetch(uc, segment(b, GDT)[1] + (selector & 0xfff8), READ, &descriptor, 8) && descriptor >> 47 & 1;
+           peek(b, uc, segment(b, GDT)[1] + (selector & 0xfff8), &descriptor, 8) && descriptor >> 47 & 1;
 }
 
 /* IRET is intercepted for the sake of FS and GS, whose bases the core would lose. One of 64-bit code that loses nothing,
@@ -307,7 +320,7 @@ static int let_return(budget *b, void *uc)
     if (*b->windows && (*b->eflags & IF || *b->windows != INTERRUPT)) /* else it opens behind the IRET at the earliest */
         return 0;
     fetch_code(b, uc);
-    if ((b->code & 0xffff) != 0xcf48 || b->fetch(uc, b->regs[4], READ, frame, sizeof frame))
+    if ((b->code & 0xffff) != 0xcf48 || !peek(b, uc, b->regs[4], frame, sizeof frame))
         return 0;
     cs = frame[1] & 0xffff;
     ss = frame[4] & 0xffff;

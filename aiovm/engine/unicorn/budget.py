@@ -56,7 +56,7 @@ from aiovm.engine.unicorn.layout import (
 from aiovm.memory import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiovm.engine.base import GuestPort
 
@@ -120,6 +120,7 @@ class BudgetStruct(ctypes.Structure):
         ("translate", c_void_p),
         ("code_pages", c_void_p),
         ("code_page_count", c_uint64),
+        ("ram", c_void_p),
         ("regs", c_void_p),
         ("eflags", c_void_p),
         ("cc_source", c_void_p),
@@ -206,7 +207,7 @@ class Budget:
 
     ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``windows`` and ``env`` are
     addresses inside the core: its pending exit, the interrupts that wait, its CPU state (all 0 on the public path,
-    where exits always go to Python). ``memory_end``: the first address above RAM.
+    where exits always go to Python). ``ram``: where memory is, by first address and the one behind.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class Budget:
         pending: int,
         windows: int,
         env: int,
-        memory_end: int,
+        ram: Sequence[tuple[int, int]],
     ) -> None:
         self.native = native
         self.cells = cells
@@ -250,7 +251,7 @@ class Budget:
         s.ple_window = -1
         #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`.
         self.code_pages = bytearray(0)
-        self.cover(memory_end)
+        self.cover(ram)
         s.translate = lib.address_of(lib.uc_vmem_translate)
         s.fetch = lib.address_of(lib.uc_vmem_read)
         s.read_register = lib.address_of(lib.uc_reg_read)
@@ -319,11 +320,14 @@ class Budget:
         if self.struct.cpu:
             self.struct.cr3_width = width
 
-    def cover(self, memory_end: int) -> None:
-        """Watch for code up to ``memory_end``. Until :meth:`forget_code` any page may hold some."""
-        self.code_pages = bytearray(b"\1") * max(1, memory_end >> 12)
+    def cover(self, ram: Sequence[tuple[int, int]]) -> None:
+        """Memory is at these ranges. Until :meth:`forget_code` any page may hold code."""
+        self.code_pages = bytearray(b"\1") * max(1, max((end for _, end in ram), default=0) >> 12)
         self.struct.code_pages = ctypes.addressof(ctypes.c_char.from_buffer(self.code_pages))
         self.struct.code_page_count = len(self.code_pages)
+        words = [word for pair in ram for word in pair]
+        self._ram = (c_uint64 * (len(words) + 2))(*words)
+        self.struct.ram = ctypes.addressof(self._ram)
 
     def spare_stores(self, cpu: int, seen: int) -> None:
         """Let data accesses fill the TLB of the core at ``cpu`` without the right to execute (the C hook alone).

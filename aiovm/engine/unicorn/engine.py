@@ -328,7 +328,7 @@ class UnicornEngine:
             pending=self._pending_at,
             windows=ctypes.addressof(self._virq) if self.pointers else 0,
             env=self._env if self.pointers else 0,
-            memory_end=max((slot.end for slot in memory.map.slots), default=0),
+            ram=[(slot.base, slot.end) for slot in memory.map.slots],
         )
         for number, cost in interrupt_costs(costs).items():
             self.budget.costs[number] = cost
@@ -477,7 +477,7 @@ class UnicornEngine:
             self._mapped[low, high, address, rights] = keep
         if not all(slot.writable for slot in new.slots):
             self._watch_rom()
-        self.budget.cover(max((slot.end for slot in new.slots), default=0))
+        self.budget.cover([(slot.base, slot.end) for slot in new.slots])
         if self.current is not None:
             self.current.state.paging_changed = True
         self._dirty_code = True
