@@ -386,6 +386,15 @@ def test_rdtsc_and_rdtscp(make):
     assert m.cells[0] == 15 * 64 // 256 + 2 * 12 + 600
 
 
+@pytest.mark.parametrize("native", [True, False] if budget.NATIVE else [False])
+def test_rf_ends_with_the_first_block(native):
+    m = Machine(code("eb00", "9c 5b f4"), native=native, pointers=True)  # jmp; pushfq; pop rbx; hlt
+    m.state.rflags = 0x1_0002
+    assert m.run() == Hlt(False)
+    assert (m.gpr[3], m.state.rflags) == (2, 2)
+    m.engine.close()
+
+
 #: Stores RDTSC's and then RDTSCP's value: rdtsc; shl rdx, 32; or rax, rdx; mov rsi, rax; rdtscp; and again; hlt
 READ_TWICE = ("0f31 48c1e220 4809d0 4889c6", "0f01f9 48c1e220 4809d0 4889c7", "f4")
 
