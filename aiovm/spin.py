@@ -119,7 +119,7 @@ class SpinOptions:
     eligibility_filter: bool = True
     #: VMX's handler asks for it always, as PAUSE-loop exits happen at CPL 0 only (4.14, 2017).
     kernel_mode_filter: bool = True
-    #: Who was merely woken, to take an interrupt, is a candidate too (5.4, 2019); else only who was preempted.
+    #: Who was merely woken, to take an interrupt, is a candidate too (5.3, 2019); else only who was preempted.
     boost_woken: bool = True
     #: Who was preempted at CPL 3 and has an interrupt waiting passes the kernel-mode filter (5.13, 2021); without it
     #: the spinner that waits for an IPI's answer loses its opportunity.

@@ -6,7 +6,7 @@
 
 Everything that a real machine's vCPU asks of its machine (:class:`aiovm.machine.Machine`) is answered here for guests
 that have neither memory nor devices. Historic KVMs are replayed by options: ``kick_yields`` (KVM_HC_KICK_CPU also
-yields to its target, 2021), ``spin_options`` and ``ple`` (pause-loop exits since 2009, directed yield 2011, its
+yields to its target, 2019), ``spin_options`` and ``ple`` (pause-loop exits since 2009, directed yield 2011, its
 eligibility filter 2012).
 """
 

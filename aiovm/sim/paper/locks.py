@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from statistics import median
 
-from aiovm.sim.paper.row import MS, OLD_PAUSE, Row, Runs, Verdict, scenario, throughputs
+from aiovm.sim.paper.row import KVM_2015, MS, OLD_PAUSE, Row, Runs, Verdict, scenario, throughputs
 from aiovm.sim.scenario import Dbench, Features, KernelBuild, LockBound, Ns
 
 __all__ = ["ROWS"]
@@ -52,8 +52,6 @@ def _judge_2(runs: Runs) -> Verdict:
 
 _FAIRNESS = {"pvticket": "pvticket", "byte": "tas", "queued": "pvqspinlock"}
 _OVERCOMMIT = {"1": 32, "1.5": 48, "1.9": 60}
-#: Linux 4.1's KVM.
-_2015 = Features(kernel_mode_filter=False, boost_woken=False, kick_yields=False, halt_poll=Ns(0))
 #: A contended line's transfer between sockets: the order of 100 ns (Molka et al., PACT 2009).
 _LINE = Ns(100)
 
@@ -188,7 +186,7 @@ ROWS = (
                 KernelBuild(lock=lock, user=Ns(25_000), line=_LINE),
                 vcpus=vcpus,
                 pcpus=32,
-                features=_2015,
+                features=KVM_2015,
                 costs=OLD_PAUSE,
                 warmup_ms=40,
                 duration_ms=100,

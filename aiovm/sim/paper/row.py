@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from aiovm.sim.result import SimResult
     from aiovm.sim.scenario import Workload
 
-__all__ = ["MS", "OLD_PAUSE", "Row", "Runs", "Verdict", "scenario", "throughputs"]
+__all__ = ["KVM_2015", "MS", "OLD_PAUSE", "Row", "Runs", "Verdict", "scenario", "throughputs"]
 
 MS = 1_000_000
 #: A PAUSE before Skylake: about 10 cycles (Intel Optimization Reference Manual, "Pause Latency in Skylake").
 OLD_PAUSE = {"pause_ns": 5}
+#: Linux 4.1's KVM, and 4.4's as far as yields go.
+KVM_2015 = Features(kernel_mode_filter=False, boost_woken=False, kick_yields=False, halt_poll=Ns(0))
 
 #: The results by scenario label, one for each seed in the same order.
 Runs = Mapping[str, "Sequence[SimResult]"]
