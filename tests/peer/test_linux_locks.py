@@ -30,8 +30,8 @@ def test_pv_spinlocks_halt_and_kick_where_others_spin(linux_locks, tmp_path):
     rows, trace = tmp_path / "rows.json", tmp_path / "t.jsonl"
     status, out, lines = linux_locks(
         *("--kernel", str(GUESTS / "vmlinuz"), "--vcpus", "2", "--pcpus", "1", "--no-ple", "--jobs", "1"),
-        # Until a waiter is preempted for the first time all is well; with this seed that falls into the warm-up.
-        *("--seed", "1", "--warmup", "20ms", "--duration", "60ms", "--json", str(rows), "--trace", str(trace)),
+        # Until a waiter is preempted for the first time all is well; that falls into the warm-up, ten slices.
+        *("--seed", "1", "--warmup", "60ms", "--duration", "60ms", "--json", str(rows), "--trace", str(trace)),
     )
     assert (status, lines) == (0, [])
     assert "directory: 2 on 1 CPUs, PLE off" in out

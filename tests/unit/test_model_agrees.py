@@ -36,9 +36,11 @@ def test_throughput_and_spinning_agree_at_one_to_one(lock):
     machine, model = both(lock, 4, warmup=0)
     row = report([machine], {lock: machine}).rows[0]
     assert model.throughput == pytest.approx(row.throughput_ops_per_s, rel=0.05)
-    # The guest reads its TSC once between "waiting" and the lock: an exit of 600 ns that the host counts as waiting.
-    spinning = row.spin_share - row.throughput_ops_per_s * 600e-9 / 4
-    assert model.spin_share == pytest.approx(spinning, abs=0.006)
+    a_cpu = row.throughput_ops_per_s / 4
+    spinning = row.spin_share - a_cpu * row.wait_p50_ns * 1e-9
+    # Who finds the lock held by one of three others, 2 us each time, sees its release up to a quantum of 2 us late.
+    late = a_cpu * (3 * a_cpu * 2e-6) * 2e-6
+    assert 0.9 * model.spin_share < spinning < model.spin_share + late
     assert model.vms[0].wait_p99_ns == pytest.approx(row.wait_p99_ns, abs=2_500)
 
 
