@@ -238,7 +238,7 @@ def _deliver_protected(
     if isinstance(pushed, Fault):
         return pushed
 
-    rflags &= ~(_TF | _NT | _RF | _VM)
+    rflags &= _KEPT
     cpu.rflags = rflags if type_ & 1 else rflags & ~_IF
     cpu.gpr[_RSP] = pushed
     cpu.rip = target

@@ -542,21 +542,6 @@ class Lapic:
     def _write_tpr(self, value: int, _now: int) -> LapicEffect:
         return self.write_tpr(value)
 
-    def _write_id(self, value: int, _now: int) -> LapicEffect:
-        s = self._s
-        old, s.apic_id = s.apic_id, value & 0xFF00_0000
-        return NO_EFFECT if s.apic_id == old else _MAP
-
-    def _write_ldr(self, value: int, _now: int) -> LapicEffect:
-        s = self._s
-        old, s.ldr = s.ldr, value & 0xFF00_0000
-        return NO_EFFECT if s.ldr == old else _MAP
-
-    def _write_dfr(self, value: int, _now: int) -> LapicEffect:
-        s = self._s
-        old, s.dfr = s.dfr, value | 0x0FFF_FFFF
-        return NO_EFFECT if s.dfr == old else _MAP
-
     def _write_esr(self, _value: int, _now: int) -> LapicEffect:
         return NO_EFFECT
 
@@ -609,6 +594,19 @@ class Lapic:
         self._update_ppr()
 
 
+def _map_store(name: str, writable: int, ones: int = 0) -> Callable[[Lapic, int, int], LapicEffect]:
+    """To a register by which others find this APIC: what is writable of it, and its bits that read 1."""
+
+    def store(apic: Lapic, value: int, _now: int) -> LapicEffect:
+        value = value & writable | ones
+        if getattr(apic._s, name) == value:
+            return NO_EFFECT
+        setattr(apic._s, name, value)
+        return _MAP
+
+    return store
+
+
 def _lvt_store(which: Lvt) -> Callable[[Lapic, int, int], LapicEffect]:
     return lambda apic, value, now: apic._write_lvt(which, value, now)
 
@@ -621,9 +619,9 @@ _STORES: Final[dict[int, Callable[[Lapic, int, int], LapicEffect]]] = {
     Reg.TMICT: Lapic._write_tmict,
     Reg.TDCR: Lapic._write_tdcr,
     Reg.TPR: Lapic._write_tpr,
-    Reg.ID: Lapic._write_id,
-    Reg.LDR: Lapic._write_ldr,
-    Reg.DFR: Lapic._write_dfr,
+    Reg.ID: _map_store("apic_id", 0xFF00_0000),
+    Reg.LDR: _map_store("ldr", 0xFF00_0000),
+    Reg.DFR: _map_store("dfr", 0xF000_0000, 0x0FFF_FFFF),
     Reg.SPIV: Lapic._write_spiv,
     Reg.ESR: Lapic._write_esr,
     **{Reg.LVTT + 0x10 * which: _lvt_store(which) for which in Lvt},

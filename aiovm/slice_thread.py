@@ -14,7 +14,7 @@ import asyncio
 import threading
 import weakref
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from aiovm.clock import Alarm
 
@@ -54,7 +54,7 @@ class SliceThread:
         self._name = name
         self._loop = loop
         self._alarm = Alarm(clock)
-        self._calls: SimpleQueue[_Call[object] | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._end = weakref.finalize(self, self._calls.put, None)
 
@@ -66,7 +66,7 @@ class SliceThread:
             )
             self._thread.start()
         call = _Call(function, argument)
-        self._calls.put(call)  # type: ignore[arg-type]  # who puts it in is who reads its result
+        self._calls.put(call)
         cancelled: asyncio.CancelledError | None = None
         while not call.over:
             try:
@@ -87,13 +87,13 @@ class SliceThread:
             self._thread.join()
 
 
-def _work(calls: SimpleQueue[_Call[object] | None], loop: asyncio.AbstractEventLoop, alarm: Alarm) -> None:
+def _work(calls: SimpleQueue[_Call[Any] | None], loop: asyncio.AbstractEventLoop, alarm: Alarm) -> None:
     while (call := calls.get()) is not None:
         call.make()
         loop.call_soon_threadsafe(_over, call, alarm)
         del call
 
 
-def _over(call: _Call[object], alarm: Alarm) -> None:
+def _over(call: _Call[Any], alarm: Alarm) -> None:
     call.over = True
     alarm.ring()

@@ -25,11 +25,29 @@ _TSC, _APIC_BASE, _TSC_ADJUST, _MISC_ENABLE, _DEADLINE, _EFER = 0x10, 0x1B, 0x3B
 _SMBASE, _PAT, _TSC_AUX = 0x9E, 0x277, 0xC000_0103
 #: Memory types of the PAT (SDM vol. 3A, 12.12.2).
 _MEMORY_TYPES: Final = frozenset({0, 1, 4, 5, 6, 7})
-#: MSRs inside the core whose value must be a canonical address (SDM vol. 4, table 2-2), and the others there.
-_ADDRESSES: Final = (0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102)
-_PLAIN: Final = (0x174, 0xC000_0081, 0xC000_0084)
 #: Read-only identity: platform id, microcode revision, feature control (locked), no machine-check banks and no status.
 _CONSTANT: Final = {0x17: 0, 0x8B: 0, 0x3A: 1, 0x179: 0, 0x17A: 0}
+
+
+def _is_any(_value: int) -> bool:
+    return True
+
+
+def _is_pat(value: int) -> bool:
+    return all(byte in _MEMORY_TYPES for byte in value.to_bytes(8, "little"))
+
+
+def _is_narrow(value: int) -> bool:
+    return not value >> 32
+
+
+#: MSRs inside the core, and which values each takes: addresses must be canonical (SDM vol. 4, table 2-2).
+_CORE: Final[dict[int, Callable[[int], bool]]] = {
+    **dict.fromkeys((0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102), is_canonical),
+    **dict.fromkeys((0x174, 0xC000_0081, 0xC000_0084), _is_any),
+    _PAT: _is_pat,
+    _TSC_AUX: _is_narrow,
+}
 
 
 class VcpuMsrs:
@@ -55,15 +73,11 @@ class VcpuMsrs:
             _MISC_ENABLE: self._write_misc_enable,
             _SMBASE: self._write_smbase,
             _EFER: lambda value, _: write_efer(context.state, value),
-            _PAT: self._write_pat,
-            _TSC_AUX: self._write_tsc_aux,
         }
-        for index in (*_ADDRESSES, *_PLAIN, _EFER, _PAT, _TSC_AUX):
+        for index in (*_CORE, _EFER):
             self._readers[index] = partial(context.read_msr, index)
-        for index in _ADDRESSES:
-            self._writers[index] = partial(self._write_address, index)
-        for index in _PLAIN:
-            self._writers[index] = partial(self._write_plain, index)
+        for index, takes in _CORE.items():
+            self._writers[index] = partial(self._write_core, index, takes)
         for index, value in _CONSTANT.items():
             self._readers[index] = partial(_constant, value)
             self._writers[index] = _ignore
@@ -123,26 +137,10 @@ class VcpuMsrs:
 
     # ---- plain registers ---------------------------------------------------------------------------------------------
 
-    def _write_plain(self, index: int, value: int, _host_initiated: bool) -> bool:
-        self._vcpu.context.write_msr(index, value)
-        return True
-
-    def _write_address(self, index: int, value: int, _host_initiated: bool) -> bool:
-        if not is_canonical(value):
+    def _write_core(self, index: int, takes: Callable[[int], bool], value: int, _host_initiated: bool) -> bool:
+        if not takes(value):
             return False
         self._vcpu.context.write_msr(index, value)
-        return True
-
-    def _write_pat(self, value: int, _host_initiated: bool) -> bool:
-        if not all(byte in _MEMORY_TYPES for byte in value.to_bytes(8, "little")):
-            return False
-        self._vcpu.context.write_msr(_PAT, value)
-        return True
-
-    def _write_tsc_aux(self, value: int, _host_initiated: bool) -> bool:
-        if value >> 32:
-            return False
-        self._vcpu.context.write_msr(_TSC_AUX, value)
         return True
 
     def _write_misc_enable(self, value: int, _host_initiated: bool) -> bool:

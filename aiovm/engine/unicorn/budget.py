@@ -207,7 +207,7 @@ class Budget:
 
     ``cells`` is the clock's pair (now, limit), a writable ``q`` view; ``pending``, ``windows`` and ``env`` are
     addresses inside the core: its pending exit, the interrupts that wait, its CPU state (all 0 on the public path,
-    where exits always go to Python). ``ram``: where memory is, by first address and the one behind.
+    where exits always go to Python). Where memory is, :meth:`cover` is told.
     """
 
     def __init__(
@@ -219,7 +219,6 @@ class Budget:
         pending: int,
         windows: int,
         env: int,
-        ram: Sequence[tuple[int, int]],
     ) -> None:
         self.native = native
         self.cells = cells
@@ -251,7 +250,7 @@ class Budget:
         s.ple_window = -1
         #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`.
         self.code_pages = bytearray(0)
-        self.cover(ram)
+        self.cover(())
         s.translate = lib.address_of(lib.uc_vmem_translate)
         s.fetch = lib.address_of(lib.uc_vmem_read)
         s.read_register = lib.address_of(lib.uc_reg_read)

@@ -328,7 +328,6 @@ class UnicornEngine:
             pending=self._pending_at,
             windows=ctypes.addressof(self._virq) if self.pointers else 0,
             env=self._env if self.pointers else 0,
-            ram=[(slot.base, slot.end) for slot in memory.map.slots],
         )
         for number, cost in interrupt_costs(costs).items():
             self.budget.costs[number] = cost

@@ -64,18 +64,18 @@ class Intercepts:
             Intercept.IRET: self._iret,
             Intercept.IDTR_WRITE: self._load_table,
             Intercept.GDTR_WRITE: self._load_table,
-            Intercept.LDTR_WRITE: self._load_ldt,
-            Intercept.TR_WRITE: self._load_tr,
+            Intercept.LDTR_WRITE: self._load_selector,
+            Intercept.TR_WRITE: self._load_selector,
             Intercept.PAUSE: self._pause,
-            Intercept.VINTR: self._irq_window,
-            Intercept.NMI: self._nmi_window,
+            Intercept.VINTR: self.irq_window,
+            Intercept.NMI: self.nmi_window,
             Intercept.SWINT: self._soft_interrupt,
             Intercept.RDTSC: self._rdtsc,
             Intercept.RDTSCP: self._rdtsc,
         }
         exits.update(dict.fromkeys(range(Intercept.CR0_READ, Intercept.CR0_READ + 16), self._cr_read))
-        exits[Intercept.CR0_READ] = self._cr0_read
-        exits.update(dict.fromkeys(range(Intercept.IDTR_READ, Intercept.TR_READ + 1), self._system_store))
+        stores = (Intercept.CR0_READ, *range(Intercept.IDTR_READ, Intercept.TR_READ + 1))
+        exits.update(dict.fromkeys(stores, self._system_store))
         exits.update(dict.fromkeys(range(Intercept.CR0_WRITE, Intercept.CR0_WRITE + 16), self._cr_write))
         exits.update(dict.fromkeys(range(Intercept.DR0_READ, Intercept.DR0_READ + 16), self._dr_read))
         exits.update(dict.fromkeys(range(Intercept.DR0_WRITE, Intercept.DR0_WRITE + 16), self._dr_write))
@@ -188,12 +188,14 @@ class Intercepts:
         engine.cells[0] += engine.costs.exit_ns
         context.port.on_pause_loop()
 
-    def _irq_window(self, context: UnicornContext, _number: int) -> None:
+    def irq_window(self, context: UnicornContext, _number: int = 0) -> None:
+        """The guest takes interrupts."""
         context.window = False
         self._engine.apply_windows(context)
         context.port.on_irq_window()
 
-    def _nmi_window(self, context: UnicornContext, _number: int) -> None:
+    def nmi_window(self, context: UnicornContext, _number: int = 0) -> None:
+        """The guest takes NMIs."""
         context.nmi_window = False
         self._engine.apply_windows(context)
         context.port.on_nmi_window()
@@ -275,8 +277,8 @@ class Intercepts:
             _store(context.state, insn.rm, value)
             self.skip(context, insn.length)
 
-    def _cr0_read(self, context: UnicornContext, _number: int) -> None:
-        """MOV from CR0, or SMSW."""
+    def _system_store(self, context: UnicornContext, _number: int) -> None:
+        """SGDT, SIDT, SLDT, STR and SMSW; and MOV from CR0, which is intercepted with SMSW."""
         insn = self._decoded(context)
         if insn is None:
             return
@@ -284,11 +286,6 @@ class Intercepts:
             _store(context.state, insn.rm, context.state.cr0)
             self.skip(context, insn.length)
         elif store_system(context, self._engine.memory, insn):
-            self.skip(context, insn.length)
-
-    def _system_store(self, context: UnicornContext, _number: int) -> None:
-        insn = self._decoded(context)
-        if insn is not None and store_system(context, self._engine.memory, insn):
             self.skip(context, insn.length)
 
     def _cr_write(self, context: UnicornContext, number: int) -> None:
@@ -323,20 +320,14 @@ class Intercepts:
         if context.port.on_dr_write(number - 0x100 - Intercept.DR0_WRITE, _load(context.state, insn.rm)):
             self.skip(context, insn.length)
 
-    def _load_tr(self, context: UnicornContext, _number: int) -> None:
+    def _load_selector(self, context: UnicornContext, number: int) -> None:
+        """LLDT or LTR."""
         insn = self._decoded(context)
         if insn is None:
             return
-        selector = self._operand(context, insn)
-        if selector is not None and context.port.on_load_tr(selector):
-            self.skip(context, insn.length)
-
-    def _load_ldt(self, context: UnicornContext, _number: int) -> None:
-        insn = self._decoded(context)
-        if insn is None:
-            return
-        selector = self._operand(context, insn)
-        if selector is not None and context.port.on_load_ldt(selector):
+        selector, port = self._operand(context, insn), context.port
+        load = port.on_load_ldt if number - 0x100 == Intercept.LDTR_WRITE else port.on_load_tr
+        if selector is not None and load(selector):
             self.skip(context, insn.length)
 
     def _load_table(self, context: UnicornContext, number: int) -> None:

@@ -151,13 +151,9 @@ class PortIo:
         if engine.leaving:
             engine.stop()
         elif context.nmi_window and not state.nmi_masked:
-            context.nmi_window = False
-            engine.apply_windows(context)
-            context.port.on_nmi_window()
+            engine.intercepts.nmi_window(context)
         elif context.window:
-            context.window = False
-            engine.apply_windows(context)
-            context.port.on_irq_window()
+            engine.intercepts.irq_window(context)
         return True
 
 
