@@ -116,8 +116,12 @@ class Console:
         # The quotes keep the typed line, which the terminal echoes, from looking like the marks.
         self.type(f'echo "__""{begin[2:]}"; {{ {command}\n}}; echo "__""{end[2:]}$?__"\n')
         await self.expect(begin, timeout=timeout)
-        found = await self.expect(re.compile(rf"(?s)\r?\n(.*?){end}(\d+)__"), timeout=timeout)
-        output, status = found[1].replace("\r\n", "\n"), int(found[2])
+        began = self._matched
+        # The mark alone: a pattern with the output in it would look through all of it again at each of its bytes.
+        found = await self.expect(re.compile(rf"{end}(\d+)__"), timeout=timeout)
+        ended = self._matched - len(found[0])
+        said = self._text[max(began - self._forgotten, 0) : ended - self._forgotten].decode("utf-8", "replace")
+        output, status = said.partition("\n")[2].replace("\r\n", "\n"), int(found[1])
         if check and status:
             raise CommandFailed(f"{command!r} ended with status {status}: {output.strip()[-_SHOWN:]}")
         return output

@@ -123,6 +123,23 @@ def shell(line):
     return b"__" + begin + b"\r\n" + output + b"__" + end + b"%d__\r\n~ # " % status
 
 
+@pytest.mark.timeout(20)  # it takes well below one; looking through all of it at each piece takes minutes
+def test_a_long_output_is_not_looked_through_again_and_again():
+    lines = [f"{number:06} {'.' * 60}" for number in range(3_000)]
+
+    async def scene(guest, console):
+        said = asyncio.create_task(console.shell("dmesg"))
+        await asyncio.sleep(0.01)
+        console.put(b"__begin1\r\n")
+        for at in range(0, len(lines), 10):
+            console.put("".join(f"{line}\r\n" for line in lines[at : at + 10]).encode())
+            await asyncio.sleep(0.001)
+        console.put(b"__end1:0__\r\n")
+        assert (await said).splitlines() == lines
+
+    play(scene)
+
+
 def test_shell_gives_what_the_command_printed():
     async def scene(guest, console):
         assert await console.shell("nproc") == "4\n"
