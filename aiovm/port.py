@@ -22,7 +22,7 @@ from aiovm.guest_debug import DebugControl, data_hits, instruction_hits
 from aiovm.interrupt_return import interrupt_return
 from aiovm.lapic_registers import NO_EFFECT
 from aiovm.memory import PAGE
-from aiovm.paravirt import HypercallNumber, decode_hypercall
+from aiovm.paravirt import HypercallNumber, refusal
 from aiovm.requests import Request
 from aiovm.segmentation import Fault
 from aiovm.smm import enter_smm, leave_smm
@@ -263,25 +263,22 @@ class VcpuPort:
 
     # ---- hypercalls --------------------------------------------------------------------------------------------------
 
-    def on_hypercall(self) -> None:
+    def on_hypercall(self, number: int, a0: int, a1: int, a2: int, a3: int, cpl: int) -> int:
         vm, vcpu = self.vm, self.vcpu
         vcpu.stat.hypercalls += 1
-        state = vcpu.context.state
-        gpr = state.gpr
-        long_mode = state.long_mode
-        number, args, result = decode_hypercall(
-            gpr[0], gpr[3], gpr[1], gpr[2], gpr[6], long_mode=long_mode, cpl=state.cpl
-        )
-        if result is None:
-            result = self._hypercall(number, args)
-        gpr[0] = result & (_M64 if long_mode else 0xFFFF_FFFF)
+        refused = refusal(number, cpl)
+        if refused is not None:
+            result = refused & _M64
+        elif number == _VAPIC_POLL_IRQ:
+            result = 0
+        else:
+            result = self._hypercall(number, (a0, a1, a2, a3)) & _M64
         if vm.trace.on:
-            vm.trace.emit(vm.clock.now(), Kind.HYPERCALL, vcpu.thread.number, number, result & _M64)
+            vm.trace.emit(vm.clock.now(), Kind.HYPERCALL, vcpu.thread.number, number, result)
+        return result
 
     def _hypercall(self, number: int, args: tuple[int, int, int, int]) -> int:
         """``__kvm_emulate_hypercall``; what touches other vCPUs happens at the slice's own moment on the loop."""
-        if number == _VAPIC_POLL_IRQ:
-            return 0
         vm = self.vm
         if number == HypercallNumber.KICK_CPU:
             apic_id = args[1]

@@ -16,12 +16,11 @@ from aiovm.paravirt.async_pf import ApfAction, ApfAnswer, ApfReady, AsyncPf, Asy
 from aiovm.paravirt.cpuid import DEFAULT_FEATURES, KvmFeature, KvmHint, kvm_cpuid_leaves
 from aiovm.paravirt.eoi import PvEoi, PvEoiState
 from aiovm.paravirt.hypercalls import (
-    Hypercall,
     HypercallNumber,
     SendIpi,
-    decode_hypercall,
     decode_send_ipi,
     may_sched_yield,
+    refusal,
 )
 from aiovm.paravirt.msrs import Paravirt, ParavirtState, PvEffect, PvMsr
 from aiovm.paravirt.steal import StealTime, StealTimeState
@@ -33,7 +32,6 @@ __all__ = [
     "ApfReady",
     "AsyncPf",
     "AsyncPfState",
-    "Hypercall",
     "HypercallNumber",
     "KvmFeature",
     "KvmHint",
@@ -46,8 +44,8 @@ __all__ = [
     "SendIpi",
     "StealTime",
     "StealTimeState",
-    "decode_hypercall",
     "decode_send_ipi",
     "kvm_cpuid_leaves",
     "may_sched_yield",
+    "refusal",
 ]

@@ -1,28 +1,27 @@
 """Hypercalls: VMCALL with a number in RAX, arguments in RBX, RCX, RDX and RSI, the result in RAX.
 
 Rules for all (``arch/x86/kvm/x86.c`` of Linux 6.16): outside 64-bit code
-everything is cut to 32 bits; a caller above CPL 0 gets -1; an unknown number, and one whose feature the guest's CPUID
-lacks while features are enforced (KVM_CAP_ENFORCE_PV_FEATURE_CPUID), gets -1000.
+everything is cut to 32 bits, by the engine; a caller above CPL 0 gets -1; an unknown number, and one whose feature the
+guest's CPUID lacks while features are enforced (KVM_CAP_ENFORCE_PV_FEATURE_CPUID), gets -1000.
 
-Modelled: the numbers, the decoding, PV IPI's bitmap, when a sched yield yields. Not modelled: MMU_OP, which is dead,
+Modelled: the numbers, who may call, PV IPI's bitmap, when a sched yield yields. Not modelled: MMU_OP, which is dead,
 and MAP_GPA_RANGE, which is for encrypted guests; both are unknown.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from aiovm.bits import mask
 from aiovm.paravirt.cpuid import KvmFeature
 
 __all__ = [
-    "Hypercall",
     "HypercallNumber",
     "SendIpi",
-    "decode_hypercall",
     "decode_send_ipi",
     "may_sched_yield",
+    "refusal",
 ]
 
 _EPERM, _EINVAL, _ENOSYS = -1, -22, -1000
@@ -48,31 +47,15 @@ _NEEDS: dict[int, KvmFeature] = {
 }
 
 
-#: (number, (RBX, RCX, RDX, RSI), refusal): the result when nothing is to be done, else None.
-Hypercall: TypeAlias = tuple[int, tuple[int, int, int, int], int | None]
-
-
-def decode_hypercall(
-    rax: int,
-    rbx: int,
-    rcx: int,
-    rdx: int,
-    rsi: int,
-    *,
-    long_mode: bool,
-    cpl: int,
-    enforced: KvmFeature | None = None,
-) -> Hypercall:
-    """The call that these registers make. ``enforced``: the guest's features, if only they may be used."""
-    if not long_mode:
-        low = mask(32)
-        rax, rbx, rcx, rdx, rsi = rax & low, rbx & low, rcx & low, rdx & low, rsi & low
-    refusal = None
+def refusal(number: int, cpl: int, enforced: KvmFeature | None = None) -> int | None:
+    """What a call gets that is not carried out; None: it may be. ``enforced``: the guest's features, if only they may
+    be used."""
     if cpl:
-        refusal = _EPERM
-    elif rax not in _NEEDS or (enforced is not None and _NEEDS[rax] & ~enforced):
-        refusal = _ENOSYS
-    return rax, (rbx, rcx, rdx, rsi), refusal
+        return _EPERM
+    needs = _NEEDS.get(number)
+    if needs is None or (enforced is not None and needs & ~enforced):
+        return _ENOSYS
+    return None
 
 
 class SendIpi(NamedTuple):

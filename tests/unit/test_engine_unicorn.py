@@ -90,8 +90,9 @@ class Port:
         self.note("write", gpa, size, value)
         return True
 
-    def on_hypercall(self):
-        self.note("hypercall")
+    def on_hypercall(self, *numbers):
+        self.note("hypercall", *numbers)
+        return 0xFFFF_FFFF_FFFF_FFEA
 
     def on_cr_read(self, register):
         self.note("cr_read", register)
@@ -492,9 +493,38 @@ def test_hlt_is_over_when_it_leaves(make):
 @pytest.mark.parametrize("instruction", ["0f01c1", "0f01d9"], ids=["vmcall", "vmmcall"])
 def test_hypercalls(make, instruction):
     m = make(instruction, "f4")
+    for register in (0, 1, 2, 3, 6):
+        m.gpr[register] = 0xA_0000_0000 + register
     assert m.run() == Hlt(False)
-    assert m.seen("hypercall") == [(0x10000,)]
+    # RAX, RBX, RCX, RDX, RSI; CPL
+    assert m.seen("hypercall") == [
+        (0x10000, 0xA_0000_0000, 0xA_0000_0003, 0xA_0000_0001, 0xA_0000_0002, 0xA_0000_0006, 0)
+    ]
+    assert m.gpr[0] == 0xFFFF_FFFF_FFFF_FFEA
     assert m.state.rip == 0x10004
+
+
+@pytest.mark.parametrize("prefix", ["", "3e"], ids=["plain", "prefixed"])
+def test_a_hypercall_of_32_bit_code_has_32_bit_registers(make, prefix):
+    m = make(prefix, "0f01c1 f4")
+    m.context.reset(init=False)
+    m.state.cr0 = 0x11
+    m.state.set_segment(Seg.CS, Segment(8, 0, 0xFFFF_FFFF, 0xCF_9B00))
+    m.state.set_segment(Seg.SS, Segment(16, 0, 0xFFFF_FFFF, 0xCF_9300))
+    m.state.rip = CODE
+    for register in (0, 1, 2, 3, 6):
+        m.gpr[register] = 0xA_0000_0000 + register
+    assert m.run() == Hlt(False)
+    assert m.seen("hypercall") == [(CODE, 0, 3, 1, 2, 6, 0)]
+    assert m.gpr[0] == 0xFFFF_FFEA
+
+
+def test_a_hypercall_says_who_calls(make):
+    m = make("0f01c1 0f0b")
+    start64(m.context, CODE, cpl=3)
+    m.port.leave_on["exception"] = GuestException(6)
+    assert m.run() == GuestException(6)
+    assert m.seen("hypercall") == [(CODE, 0, 0, 0, 0, 0, 3)]
 
 
 def test_cr8(make):

@@ -92,6 +92,7 @@ static const char *const NAMES[QUESTIONS] = {
     "on_cpuid", "on_rdmsr", "on_wrmsr", "on_hypercall", "on_in", "on_out", "on_mmio_read", "on_mmio_write",
 };
 static PyObject *questions[QUESTIONS];
+enum { MOST_NUMBERS = 6 }; /* that a method takes */
 
 /* Addresses where no memory is. */
 typedef struct {
@@ -339,17 +340,16 @@ static int let_return(budget *b, void *uc)
 }
 
 /* What a method of the port says to some numbers; null: it raised. */
-static PyObject *ask(budget *b, enum question which, int count, uint64_t first, uint64_t second, uint64_t third)
+static PyObject *ask(budget *b, enum question which, int count, const uint64_t *values)
 {
-    uint64_t values[3] = {first, second, third};
-    PyObject *numbers[3] = {NULL, NULL, NULL}, *answer = NULL;
+    PyObject *n[MOST_NUMBERS + 1] = {NULL}, *answer = NULL;
     int made = 0;
-    while (made < count && (numbers[made] = PyLong_FromUnsignedLongLong(values[made])))
+    while (made < count && (n[made] = PyLong_FromUnsignedLongLong(values[made])))
         made++;
     if (made == count)
-        answer = PyObject_CallMethodObjArgs(b->port, questions[which], numbers[0], numbers[1], numbers[2], NULL);
+        answer = PyObject_CallMethodObjArgs(b->port, questions[which], n[0], n[1], n[2], n[3], n[4], n[5], NULL);
     while (made--)
-        Py_DECREF(numbers[made]);
+        Py_DECREF(n[made]);
     if (!answer)
         failed(b);
     return answer;
@@ -372,7 +372,7 @@ static bool number_of(budget *b, PyObject *answer, uint64_t *value)
 
 static bool carry_cpuid(budget *b)
 {
-    PyObject *answer = ask(b, ON_CPUID, 2, (uint32_t)b->regs[0], (uint32_t)b->regs[1], 0);
+    PyObject *answer = ask(b, ON_CPUID, 2, (uint64_t[]){(uint32_t)b->regs[0], (uint32_t)b->regs[1]});
     unsigned long long eax, ebx, ecx, edx;
     bool good = answer && PyArg_ParseTuple(answer, "KKKK", &eax, &ebx, &ecx, &edx);
     if (good)
@@ -385,7 +385,7 @@ static bool carry_cpuid(budget *b)
 
 static bool carry_rdmsr(budget *b)
 {
-    PyObject *answer = ask(b, ON_RDMSR, 1, (uint32_t)b->regs[1], 0, 0);
+    PyObject *answer = ask(b, ON_RDMSR, 1, (uint64_t[]){(uint32_t)b->regs[1]});
     uint64_t value;
     if (answer == Py_None) { /* a fault */
         Py_DECREF(answer);
@@ -400,16 +400,23 @@ static bool carry_rdmsr(budget *b)
 
 static bool carry_wrmsr(budget *b)
 {
-    PyObject *answer = ask(b, ON_WRMSR, 2, (uint32_t)b->regs[1], b->regs[2] << 32 | (uint32_t)b->regs[0], 0);
+    PyObject *answer =
+        ask(b, ON_WRMSR, 2, (uint64_t[]){(uint32_t)b->regs[1], b->regs[2] << 32 | (uint32_t)b->regs[0]});
     Py_XDECREF(answer);
     return answer == Py_True;
 }
 
 static bool carry_hypercall(budget *b)
 {
-    PyObject *answer = ask(b, ON_HYPERCALL, 0, 0, 0, 0);
-    Py_XDECREF(answer);
-    return answer != NULL;
+    static const int arguments[] = {0, 3, 1, 2, 6}; /* RAX, RBX, RCX, RDX, RSI */
+    uint64_t cut = *b->hflags & CS64 ? UINT64_MAX : UINT32_MAX, values[MOST_NUMBERS], result;
+    for (int i = 0; i < 5; i++)
+        values[i] = b->regs[arguments[i]] & cut;
+    values[5] = *b->hflags & CPL;
+    if (!number_of(b, ask(b, ON_HYPERCALL, MOST_NUMBERS, values), &result))
+        return false;
+    b->regs[0] = result & cut;
+    return true;
 }
 
 /* CPUID, RDMSR, WRMSR, VMCALL and VMMCALL without prefixes, not single-stepped; whether that was it. */
@@ -531,7 +538,7 @@ static uint32_t on_in(void *uc, uint32_t port, int size, void *data)
             failed(b);
         number_of(b, answer, &value);
     } else {
-        number_of(b, ask(b, ON_IN, 2, port, size, 0), &value);
+        number_of(b, ask(b, ON_IN, 2, (uint64_t[]){port, size}), &value);
         if (over(b))
             behind_io(b, port, 0);
     }
@@ -551,7 +558,7 @@ static void on_out(void *uc, uint32_t port, int size, uint32_t value, void *data
         if (!answer)
             failed(b);
     } else {
-        answer = ask(b, ON_OUT, 3, port, size, cut(value, size));
+        answer = ask(b, ON_OUT, 3, (uint64_t[]){port, size, cut(value, size)});
         if (over(b) || *b->windows)
             behind_io(b, port, 1);
     }
@@ -567,7 +574,7 @@ static uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size, void *dat
     uint64_t value;
     (void)uc;
     b->cells[0] += b->exit_cost;
-    number_of(b, ask(b, ON_MMIO_READ, 2, range->base + offset, size, 0), &value);
+    number_of(b, ask(b, ON_MMIO_READ, 2, (uint64_t[]){range->base + offset, size}), &value);
     PyGILState_Release(state);
     return cut(value, size);
 }
@@ -579,7 +586,7 @@ static void on_mmio_write(void *uc, uint64_t offset, unsigned size, uint64_t val
     PyGILState_STATE state = PyGILState_Ensure();
     (void)uc;
     b->cells[0] += b->exit_cost;
-    Py_XDECREF(ask(b, ON_MMIO_WRITE, 3, range->base + offset, size, cut(value, size)));
+    Py_XDECREF(ask(b, ON_MMIO_WRITE, 3, (uint64_t[]){range->base + offset, size, cut(value, size)}));
     PyGILState_Release(state);
 }
 

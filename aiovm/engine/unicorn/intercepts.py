@@ -222,10 +222,17 @@ class Intercepts:
         engine = self._engine
         if engine.budget.struct.code & 0xFF_FFFF in _PLAIN_CALLS:
             engine.cells[0] += engine.costs.exit_ns
-            context.port.on_hypercall()
+            self._call(context)
             self.skip(context, 3)
         elif not self._meant(context):
             self._exception(context, number)
+
+    def _call(self, context: UnicornContext) -> None:
+        q, flags = context.state.q, context.state.d[_HFLAGS]
+        cut = _M64 if flags & Hf.CS64 else _M32
+        q[0] = cut & context.port.on_hypercall(
+            q[0] & cut, q[3] & cut, q[1] & cut, q[2] & cut, q[6] & cut, flags & Hf.CPL
+        )
 
     def _meant(self, context: UnicornContext) -> bool:
         """Whether an instruction that the core does not know is a hypercall or INT1; then it is done."""
@@ -234,7 +241,7 @@ class Intercepts:
             return False
         if insn.opcode == 0x0F01 and insn.modrm in _CALLS and not insn.lock:
             self._engine.cells[0] += self._engine.costs.exit_ns
-            context.port.on_hypercall()
+            self._call(context)
             self.skip(context, insn.length)
             return True
         if insn.opcode == 0xF1 and not insn.lock:
