@@ -192,8 +192,8 @@ class Lapic:
         """The register page: 4 bytes at a multiple of 16; anything else is ignored."""
         if size != 4 or offset & 0xF or not self._hw or self._x2apic:
             return NO_EFFECT
-        effect = self._write(offset, value & 0xFFFF_FFFF, now)
-        return NO_EFFECT if effect is None else effect
+        store = _STORES.get(offset)
+        return NO_EFFECT if store is None else store(self, value & 0xFFFF_FFFF, now)
 
     def msr_read(self, index: int, now: int) -> int | None:
         """RDMSR of 0x800–0x8FF; None is #GP."""
@@ -220,7 +220,8 @@ class Lapic:
             return None
         if offset == Reg.SELF_IPI:
             return None if value & ~0xFF else LapicEffect(decode_icr(0x4_0000 | value, 0))
-        return self._write(offset, value, now)
+        store = _STORES.get(offset)  # what only one of the modes has is filtered before
+        return None if store is None else store(self, value, now)
 
     def read_deadline(self) -> int:
         """IA32_TSC_DEADLINE."""
@@ -511,11 +512,6 @@ class Lapic:
             case Reg.TDCR:
                 return s.timer.tdcr
         return None
-
-    def _write(self, offset: int, value: int, now: int) -> LapicEffect | None:
-        """Store 32 bits; None where nothing is writable. What only one of the modes has is filtered before."""
-        store = _STORES.get(offset)
-        return None if store is None else store(self, value, now)
 
     def _write_eoi(self, _value: int, _now: int) -> LapicEffect:
         return self.eoi()

@@ -62,6 +62,7 @@ class VcpuPort:
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
         self.vm = vcpu.vm
+        self._now = self.vm.clock.now
         self._same_leaves = self.vm.cpuid.same
         self._tables = TableCache(self.vm.memory)
 
@@ -97,18 +98,18 @@ class VcpuPort:
     def on_in(self, port: int, size: int) -> int:
         vm = self.vm
         self.vcpu.stat.io_exits += 1
-        value = vm.ports.read(port, size, vm.clock.now())
+        value = vm.ports.read(port, size, self._now())
         if value is None:
             value = vm.unclaimed_in(self.vcpu, port, size)
         if vm.trace.on:
-            vm.trace.emit(vm.clock.now(), Kind.PIO, self.vcpu.thread.number, port, value)
+            vm.trace.emit(self._now(), Kind.PIO, self.vcpu.thread.number, port, value)
         return value
 
     def on_out(self, port: int, size: int, value: int) -> None:
         vm = self.vm
         self.vcpu.stat.io_exits += 1
         if vm.trace.on:
-            vm.trace.emit(vm.clock.now(), Kind.PIO, self.vcpu.thread.number, port | 1 << 16, value)
+            vm.trace.emit(self._now(), Kind.PIO, self.vcpu.thread.number, port | 1 << 16, value)
         if not self._store(vm.ports, port, size, value):
             vm.unclaimed_out(self.vcpu, port, size, value)
 
@@ -121,8 +122,8 @@ class VcpuPort:
                 vcpu.report_tpr_access(is_write=False)
             if vcpu.pv.eoi.pending:
                 vcpu.harvest_eoi()
-            return vcpu.apic.mmio_read(offset, size, vm.clock.now())
-        value = vm.mmio.read(gpa, size, vm.clock.now())
+            return vcpu.apic.mmio_read(offset, size, self._now())
+        value = vm.mmio.read(gpa, size, self._now())
         if value is None:
             self._unknown(gpa, 0)
             return (1 << 8 * size) - 1
@@ -137,7 +138,7 @@ class VcpuPort:
                 vcpu.report_tpr_access(is_write=True)
             if vcpu.pv.eoi.pending:
                 vcpu.harvest_eoi()
-            effect = vcpu.apic.mmio_write(offset, size, value, vm.clock.now())
+            effect = vcpu.apic.mmio_write(offset, size, value, self._now())
             if effect is not NO_EFFECT:
                 self.apply(effect)
         elif not self._store(vm.mmio, gpa, size, value):
@@ -147,7 +148,7 @@ class VcpuPort:
         """Whether a device took the store; the interrupts that it raises for this CPU come at once."""
         vcpu = self.vcpu
         vcpu.answering = True
-        claimed = bus.write(address, size, value, self.vm.clock.now())
+        claimed = bus.write(address, size, value, self._now())
         vcpu.answering = False
         return claimed
 

@@ -29,25 +29,13 @@ _MEMORY_TYPES: Final = frozenset({0, 1, 4, 5, 6, 7})
 _CONSTANT: Final = {0x17: 0, 0x8B: 0, 0x3A: 1, 0x179: 0, 0x17A: 0}
 
 
-def _is_any(_value: int) -> bool:
-    return True
-
-
 def _is_pat(value: int) -> bool:
     return all(byte in _MEMORY_TYPES for byte in value.to_bytes(8, "little"))
 
 
-def _is_narrow(value: int) -> bool:
-    return not value >> 32
-
-
-#: MSRs inside the core, and which values each takes: addresses must be canonical (SDM vol. 4, table 2-2).
-_CORE: Final[dict[int, Callable[[int], bool]]] = {
-    **dict.fromkeys((0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102), is_canonical),
-    **dict.fromkeys((0x174, 0xC000_0081, 0xC000_0084), _is_any),
-    _PAT: _is_pat,
-    _TSC_AUX: _is_narrow,
-}
+#: MSRs inside the core: those that take canonical addresses only (SDM vol. 4, table 2-2), those that take anything.
+_ADDRESSES: Final = (0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102)
+_ANY: Final = (0x174, 0xC000_0081, 0xC000_0084)
 
 
 class VcpuMsrs:
@@ -74,10 +62,12 @@ class VcpuMsrs:
             _SMBASE: self._write_smbase,
             _EFER: lambda value, _: write_efer(context.state, value),
         }
-        for index in (*_CORE, _EFER):
+        for index in (*_ADDRESSES, *_ANY, _PAT, _TSC_AUX, _EFER):
             self._readers[index] = partial(context.read_msr, index)
-        for index, takes in _CORE.items():
-            self._writers[index] = partial(self._write_core, index, takes)
+        self._writers |= {index: self._core_writer(index, is_canonical) for index in _ADDRESSES}
+        self._writers |= {index: self._core_writer(index, lambda _: True) for index in _ANY}
+        self._writers[_PAT] = self._core_writer(_PAT, _is_pat)
+        self._writers[_TSC_AUX] = self._core_writer(_TSC_AUX, lambda value: not value >> 32)
         for index, value in _CONSTANT.items():
             self._readers[index] = partial(_constant, value)
             self._writers[index] = _ignore
@@ -137,11 +127,16 @@ class VcpuMsrs:
 
     # ---- plain registers ---------------------------------------------------------------------------------------------
 
-    def _write_core(self, index: int, takes: Callable[[int], bool], value: int, _host_initiated: bool) -> bool:
-        if not takes(value):
-            return False
-        self._vcpu.context.write_msr(index, value)
-        return True
+    def _core_writer(self, index: int, takes: Callable[[int], bool]) -> Callable[[int, bool], bool]:
+        write = self._vcpu.context.write_msr
+
+        def store(value: int, _host_initiated: bool) -> bool:
+            if not takes(value):
+                return False
+            write(index, value)
+            return True
+
+        return store
 
     def _write_misc_enable(self, value: int, _host_initiated: bool) -> bool:
         self._vcpu.ia32_misc_enable_msr = value

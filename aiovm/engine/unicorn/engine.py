@@ -97,6 +97,8 @@ _WINDOW_NS: Final = 500
 _BASES: Final = frozenset({0xC000_0100, 0xC000_0101})
 #: 32-bit MSRs of the core.
 _NARROW: Final = frozenset({0x174, 0xC000_0084, 0xC000_0103})
+#: Those to which a store is a store and no more, by the word.
+_PLAIN_MSRS: Final = {index: at >> 3 for index, at in MSRS.items() if index not in _NARROW | _BASES}
 
 
 class UnicornContext:
@@ -220,14 +222,16 @@ class UnicornContext:
 
     def write_msr(self, index: int, value: int) -> None:
         """Store an MSR that the core holds; the caller has checked the value."""
-        if index == EFER_MSR:
+        at = _PLAIN_MSRS.get(index)
+        if at is not None:
+            self.state.q[at] = value
+        elif index == EFER_MSR:
             self.state.efer = value
         elif index in _NARROW:
             self.state.d[MSRS[index] >> 2] = value & _M32
         else:
             self.state.q[MSRS[index] >> 3] = value
-            if index in _BASES:
-                self.state.guard_bases()
+            self.state.guard_bases()
 
     def save(self) -> ContextState:
         """A copy. Whoever runs next begins without translations, of code or of addresses, as after :meth:`restore`."""
