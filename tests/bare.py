@@ -17,6 +17,9 @@ CODE, STACK, STACK0, DATA = 0x8000, 0x7_0000, 0x6_0000, 0x5_0000
 GDT, IDT, TSS, TABLES, HANDLERS = 0x1_0000, 0x1_1000, 0x1_3000, 0x2_0000, 0x1_8000
 CODE0, DATA0, CODE3, DATA3, TR = 0x08, 0x10, 0x1B, 0x23, 0x28
 
+GP, UD, DB, PF, NP, TS = 13, 6, 1, 14, 11, 10
+END = "e6f4"  # out 0xf4, al
+
 _DESCRIPTORS = {
     "long": (0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF),
     "prot": (0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00CF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF),
@@ -169,3 +172,20 @@ def prepare(vm, mode, cpl=0, index=0):
     s.gdt = DescriptorTable(GDT, 0x3F)
     s.idt = DescriptorTable(IDT, 0xFFF if long else 0x7FF)
     s.cpl = cpl
+
+
+def fault(code, mode="long", **options):
+    """Run ``code``: (vector, error code, RIP that was pushed)."""
+    end = bare(code, mode, **options)
+    return end.vector, end.error_code if end.vector in (8, 10, 11, 12, 13, 14, 17) else None, end.fault_rip
+
+
+def set_gate(vm, vector, at, *, dpl=0, kind=0xE, ist=0, selector=CODE0):
+    """Long mode's gate of ``vector``, to ``at``."""
+    gate = at & 0xFFFF | selector << 16 | ist << 32 | (0x80 | dpl << 5 | kind) << 40 | (at >> 16) << 48
+    vm.memory.write_u(IDT + 16 * vector, 8, gate)
+
+
+def nmi_at(ns):
+    """A setup: an NMI for the first vCPU at ``ns``."""
+    return lambda vm: vm.host.clock.call_at(ns, lambda: vm.vcpus[0].inject_nmi())
