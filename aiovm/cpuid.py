@@ -3,7 +3,9 @@
 The base is a Haswell. Taken away: what the core does not execute (AVX, FMA, F16C, MONITOR, MTRR and machine check,
 which nobody implements here), ERMS (``rep movsb`` runs a byte an iteration, so guests should prefer wide moves) and
 RDRAND (the core's answers come from the host, and a run could not be repeated).
-Added: SMAP, UMIP, CLFLUSHOPT, CLWB, XSAVEOPT, XGETBV of the states in use, x2APIC, TSC deadline, invariant TSC,
+Added, as nothing is executed speculatively here: enhanced IBRS, and IA32_ARCH_CAPABILITIES (:mod:`aiovm.vcpu_msrs`), by
+which guests learn that they need no page tables of their own for user mode, no retpolines, and no return thunks.
+Added as well: SMAP, UMIP, CLFLUSHOPT, CLWB, XSAVEOPT, XGETBV of the states in use, x2APIC, TSC deadline, invariant TSC,
 always-running APIC timer, 1 GiB pages, the hypervisor bit, the topology leaf, and KVM's leaves at 0x40000000
 (:mod:`aiovm.paravirt`).
 
@@ -58,8 +60,9 @@ class CpuidTable:
             (4, 1): (0x122, 0x1C0003F, 0x3F, 1),
             (4, 2): (0x143, 0x3C0003F, 0xFFF, 1),
             (6, 0): (4, 0, 0, 0),  # ARAT
-            # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, SMAP, CLFLUSHOPT, CLWB; UMIP
-            (7, 0): (0, 0x190_018B, 1 << 2, 0),
+            # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, SMAP, CLFLUSHOPT, CLWB; UMIP; IBRS and IBPB, STIBP, ARCH_CAPABILITIES
+            (7, 0): (2, 0x190_018B, 1 << 2, 0x2C00_0000),
+            (7, 2): (0, 0, 0, 1 << 4),  # BHI_CTRL, which Linux 6.1 asks for although ARCH_CAPABILITIES has BHI_NO
             (0xD, 0): (3, _XSAVE_BYTES, _XSAVE_BYTES, 0),  # x87 and SSE
             (0xD, 1): (5, 0, 0, 0),  # XSAVEOPT, XGETBV with ECX 1
             (0x8000_0000, 0): (0x8000_0008, *_VENDOR),

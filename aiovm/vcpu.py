@@ -151,6 +151,8 @@ class Vcpu(VcpuRequests, VcpuIoctls):
         #: The breakpoints in force, the debugger's or the guest's.
         self.eff_db: tuple[Breakpoint, ...] = ()
         self.ia32_misc_enable_msr = 0
+        #: IA32_SPEC_CTRL.
+        self.spec_ctrl = 0
         #: KVM_TPR_ACCESS_REPORTING: the guest's accesses to its TPR register leave, once they are done.
         self.tpr_access_reporting = False
         self.tpr_access: TprAccess | None = None
@@ -733,6 +735,7 @@ class Vcpu(VcpuRequests, VcpuIoctls):
         self.context.reset(init=init)
         if not init:
             self.smbase = RESET_SMBASE
+        self.spec_ctrl = 0
         self.apic.reset(init=init)
         self.arm_timer()
         self.events.reset()

@@ -3,6 +3,9 @@
 Tables say who answers an MSR; the x2APIC's are a range, KVM's are :mod:`aiovm.paravirt`'s, and the others do not exist.
 The embedding program's stores (``host_initiated``) are loads of state: IA32_TSC leaves TSC_ADJUST alone, IA32_APIC_BASE
 may change its mode at will, IA32_SMBASE exists outside SMM too.
+
+IA32_ARCH_CAPABILITIES says what this CPU is not susceptible to (kvm_get_arch_capabilities): all that comes of
+speculation, of which there is none. For the same reason IA32_SPEC_CTRL is kept and IA32_PRED_CMD taken, to no effect.
 """
 
 from __future__ import annotations
@@ -23,6 +26,12 @@ __all__ = ["VcpuMsrs"]
 _X2APIC: Final = range(0x800, 0x900)
 _TSC, _APIC_BASE, _TSC_ADJUST, _MISC_ENABLE, _DEADLINE, _EFER = 0x10, 0x1B, 0x3B, 0x1A0, 0x6E0, 0xC000_0080
 _SMBASE, _PAT, _TSC_AUX = 0x9E, 0x277, 0xC000_0103
+_SPEC_CTRL, _PRED_CMD, _ARCH_CAPABILITIES = 0x48, 0x49, 0x10A
+#: IBRS, STIBP and BHI_DIS_S; IBPB.
+_SPEC_CTRL_BITS, _PRED_CMD_BITS = 0x403, 0x1
+#: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO,
+#: PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO.
+_NOT_SUSCEPTIBLE: Final = sum(1 << bit for bit in (0, 1, 3, 4, 5, 6, 8, 13, 14, 15, 20, 24, 26, 27, 62))
 #: Memory types of the PAT (SDM vol. 3A, 12.12.2).
 _MEMORY_TYPES: Final = frozenset({0, 1, 4, 5, 6, 7})
 #: Read-only identity: platform id, microcode revision, feature control (locked), no machine-check banks and no status.
@@ -51,6 +60,8 @@ class VcpuMsrs:
             _TSC: self.read_tsc,
             _TSC_ADJUST: lambda: vcpu.tsc.adjust,
             _MISC_ENABLE: lambda: vcpu.ia32_misc_enable_msr,
+            _SPEC_CTRL: lambda: vcpu.spec_ctrl,
+            _ARCH_CAPABILITIES: lambda: _NOT_SUSCEPTIBLE,
         }
         #: Called with the value and ``host_initiated``; False is #GP.
         self._writers: dict[int, Callable[[int, bool], bool]] = {
@@ -59,6 +70,8 @@ class VcpuMsrs:
             _TSC: self._write_tsc,
             _TSC_ADJUST: self._write_tsc_adjust,
             _MISC_ENABLE: self._write_misc_enable,
+            _SPEC_CTRL: self._write_spec_ctrl,
+            _PRED_CMD: lambda value, _: not value & ~_PRED_CMD_BITS,
             _SMBASE: self._write_smbase,
             _EFER: lambda value, _: write_efer(context.state, value),
         }
@@ -140,6 +153,12 @@ class VcpuMsrs:
 
     def _write_misc_enable(self, value: int, _host_initiated: bool) -> bool:
         self._vcpu.ia32_misc_enable_msr = value
+        return True
+
+    def _write_spec_ctrl(self, value: int, _host_initiated: bool) -> bool:
+        if value & ~_SPEC_CTRL_BITS:
+            return False
+        self._vcpu.spec_ctrl = value
         return True
 
     def _write_smbase(self, value: int, host_initiated: bool) -> bool:

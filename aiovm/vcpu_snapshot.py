@@ -70,6 +70,7 @@ class VcpuSnapshot:
     halt_poll_ns: int
     smbase: int
     ia32_misc_enable_msr: int
+    spec_ctrl: int
     tpr_access_reporting: bool
     ipi_senders: int
     yielded: bool
@@ -80,7 +81,7 @@ class VcpuSnapshot:
 #: Attributes that are copied as they are.
 _PLAIN: Final = (
     "cpu", "preempted", "preempted_in_kernel", "ready", "in_spin_loop", "dy_eligible", "pv_unhalted", "halt_poll_ns",
-    "smbase", "ia32_misc_enable_msr", "tpr_access_reporting", "ipi_senders", "mp_state", "guest_debug_dr",
+    "smbase", "ia32_misc_enable_msr", "spec_ctrl", "tpr_access_reporting", "ipi_senders", "mp_state", "guest_debug_dr",
     "yielded", "held_hits",
 )  # fmt: skip
 _ACCOUNT: Final = tuple(field.name for field in fields(ThreadAccount))

@@ -58,11 +58,14 @@ def test_what_the_core_does_not_do_is_not_claimed(name, register, bit):
 
 
 def test_features_of_leaf_7():
-    _, ebx, ecx, edx = table().answer(7, 0, 0)
+    eax, ebx, ecx, edx = table().answer(7, 0, 0)
+    assert eax == 2  # the last subleaf
     # FSGSBASE TSC_ADJUST BMI1 SMEP BMI2 SMAP CLFLUSHOPT CLWB: no ERMS (9), AVX2 (5), RDSEED (18), ADX (19)
     assert bits(ebx) == {0, 1, 3, 7, 8, 20, 23, 24}
-    assert (bits(ecx), edx) == ({2}, 0)  # UMIP
+    assert bits(ecx) == {2}  # UMIP
+    assert bits(edx) == {26, 27, 29}  # IBRS and IBPB, STIBP, ARCH_CAPABILITIES
     assert table().answer(7, 1, 0) == (0, 0, 0, 0)
+    assert table().answer(7, 2, 0) == (0, 0, 0, 0x10)  # BHI_CTRL
 
 
 def test_xsave():

@@ -36,6 +36,7 @@ def test_addresses_are_canonical(msrs, index):
         (0x277, 0x0007_0406_0007_0406, 0x0007_0406_0007_0402),  # PAT has no type 2
         (0xC000_0103, 0xFFFF_FFFF, 1 << 32),  # TSC_AUX has 32 bits
         (0x1A0, 0x85_0089, None),  # MISC_ENABLE
+        (0x48, 0x403, 0x4),  # SPEC_CTRL: IBRS, STIBP, BHI_DIS_S; SSBD has a CPUID bit of its own
         (0x174, 0x10, None),  # SYSENTER_CS
         (0xC000_0081, 0x0023_0010 << 32, None),  # STAR
         (0xC000_0084, 0x4_7700, None),  # FMASK
@@ -53,6 +54,16 @@ def test_what_does_not_exist_faults(msrs):
     for index in (0, 0x2FF, 0x800, 0xC001_0015):  # 0x800: the x2APIC's, which is off
         assert msrs.read(index) is None
         assert not msrs.write(index, 0)
+
+
+def test_nothing_is_speculated(msrs):
+    # SDM vol. 4, table 2-2: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO; 13-15 the MMIO
+    # stale data ones; BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO; ITS_NO. Neither RSBA (2), TSX_CTRL (7) nor FB_CLEAR (17).
+    assert msrs.read(0x10A) == 0x4000_0000_0D10_E17B
+    assert not msrs.write(0x10A, 0)
+    assert msrs.write(0x49, 1)  # IBPB: a command
+    assert not msrs.write(0x49, 2)
+    assert msrs.read(0x49) is None
 
 
 def test_smbase_is_there_in_smm_and_for_the_program(msrs):
