@@ -60,7 +60,8 @@ class CpuidTable:
             (4, 1): (0x122, 0x1C0003F, 0x3F, 1),
             (4, 2): (0x143, 0x3C0003F, 0xFFF, 1),
             (6, 0): (4, 0, 0, 0),  # ARAT
-            # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, SMAP, CLFLUSHOPT, CLWB; UMIP; IBRS and IBPB, STIBP, ARCH_CAPABILITIES
+            # FSGSBASE, TSC_ADJUST, BMI1, SMEP, BMI2, SMAP, CLFLUSHOPT, CLWB; UMIP; IBRS and IBPB, STIBP,
+            # ARCH_CAPABILITIES
             (7, 0): (2, 0x190_018B, 1 << 2, 0x2C00_0000),
             (7, 2): (0, 0, 0, 1 << 4),  # BHI_CTRL, which Linux 6.1 asks for although ARCH_CAPABILITIES has BHI_NO
             (0xD, 0): (3, _XSAVE_BYTES, _XSAVE_BYTES, 0),  # x87 and SSE

@@ -57,8 +57,8 @@ def test_what_does_not_exist_faults(msrs):
 
 
 def test_nothing_is_speculated(msrs):
-    # SDM vol. 4, table 2-2: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO; 13-15 the MMIO
-    # stale data ones; BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO; ITS_NO. Neither RSBA (2), TSX_CTRL (7) nor FB_CLEAR (17).
+    # SDM vol. 4, table 2-2: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO; 13-15 the
+    # MMIO stale data ones; BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO; ITS_NO. Neither RSBA (2), TSX_CTRL (7) nor FB_CLEAR (17).
     assert msrs.read(0x10A) == 0x4000_0000_0D10_E17B
     assert not msrs.write(0x10A, 0)
     assert msrs.write(0x49, 1)  # IBPB: a command

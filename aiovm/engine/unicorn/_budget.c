@@ -86,6 +86,7 @@ typedef struct {
 /* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
 static _Thread_local budget *running;
 static tlb_filler *core_fill;
+static uintptr_t tlb_offset; /* of the TLB in the core's CPUState */
 /* GuestPort's methods. */
 enum question { ON_CPUID, ON_RDMSR, ON_WRMSR, ON_HYPERCALL, ON_IN, ON_OUT, ON_MMIO_READ, ON_MMIO_WRITE, QUESTIONS };
 static const char *const NAMES[QUESTIONS] = {
@@ -656,23 +657,44 @@ static int enter(budget *b, void *uc, uint64_t rip, size_t count)
     return error;
 }
 
+/* The core's tlb_reset_dirty_by_vaddr: code was translated from these addresses, so stores there are to be noticed. The core
+ * looks at each entry of its TLB, block by block; an address can only be in one of them or among the victims. */
+static void on_new_code(void *cpu, uint64_t start, uint64_t length)
+{
+    enum { TABLES = 3, VICTIMS = 8, STRIDE = 0x2b8, FIRST_VICTIM = 0x800, NOT_DIRTY = 0x400, NOT_PLAIN = 0xe40 };
+    struct tlb_table *tables = (struct tlb_table *)((char *)cpu + tlb_offset);
+    for (int i = 0; i < TABLES; i++) {
+        tlb_entry *victims = (tlb_entry *)((char *)tables - FIRST_VICTIM + i * STRIDE);
+        for (uint64_t page = 0; page < length; page += 4096) {
+            tlb_entry *entry = (tlb_entry *)(tables[i].entries + ((start + page) >> 6 & tables[i].mask));
+            if (!(entry->write & NOT_PLAIN) && (entry->write & ~(uint64_t)4095) == start + page)
+                entry->write |= NOT_DIRTY;
+        }
+        for (int k = 0; k < VICTIMS; k++)
+            if (!(victims[k].write & NOT_PLAIN) && (victims[k].write & ~(uint64_t)4095) - start < length)
+                victims[k].write |= NOT_DIRTY;
+    }
+}
+
 #define ADDRESS(function) (unsigned long long)(uintptr_t)(function)
 
-static PyObject *addresses(PyObject *self, PyObject *fill)
+static PyObject *addresses(PyObject *self, PyObject *arguments)
 {
+    unsigned long long fill, tlb;
     (void)self;
-    core_fill = (tlb_filler *)(uintptr_t)PyLong_AsUnsignedLongLong(fill);
-    if (PyErr_Occurred())
+    if (!PyArg_ParseTuple(arguments, "KK", &fill, &tlb))
         return NULL;
-    return Py_BuildValue("(KKKKKKKKKn)", ADDRESS(on_block), ADDRESS(on_interrupt), ADDRESS(on_translate), ADDRESS(on_fill),
-                         ADDRESS(enter), ADDRESS(on_in), ADDRESS(on_out), ADDRESS(on_mmio_read), ADDRESS(on_mmio_write),
-                         (Py_ssize_t)sizeof(budget));
+    core_fill = (tlb_filler *)(uintptr_t)fill;
+    tlb_offset = tlb;
+    return Py_BuildValue("(KKKKKKKKKKn)", ADDRESS(on_block), ADDRESS(on_interrupt), ADDRESS(on_translate), ADDRESS(on_fill),
+                         ADDRESS(on_new_code), ADDRESS(enter), ADDRESS(on_in), ADDRESS(on_out), ADDRESS(on_mmio_read),
+                         ADDRESS(on_mmio_write), (Py_ssize_t)sizeof(budget));
 }
 
 static PyMethodDef methods[] = {
-    {"addresses", addresses, METH_O,
-     "With the address of the core's page walk: the addresses of the hooks (block, interrupt, translation), of the page "
-     "walk's cover, of the slice's entry, of the hooks of IN and OUT and of loads and stores where no memory is, and the "
+    {"addresses", addresses, METH_VARARGS,
+     "With the address of the core's page walk, and where its CPUState has the TLB: the addresses of the hooks (block, "
+     "interrupt, translation), of the page walk's cover, of what is called for new code, of the slice's entry, of the hooks of IN and OUT and of loads and stores where no memory is, and the "
      "size of the structure they share."},
     {NULL, NULL, 0, NULL},
 };

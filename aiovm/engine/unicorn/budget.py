@@ -26,7 +26,8 @@ Rules (both hooks follow them; tests compare them):
 * A page that holds no code is filled into the TLB without the right to execute when data is what it is wanted for:
   the core would send each store to an executable page through a slow path, four to twenty times as long. The C hook
   does so by standing before the core's page walk (:meth:`Budget.spare_stores`); guests cannot see it, so there is no
-  twin. From there it also keeps the host's clock out of the TLB's size.
+  twin. From there it also keeps the host's clock out of the TLB's size. And at each new translation it looks for the
+  page's TLB entry where that can be, not in the whole TLB (:mod:`~aiovm.engine.unicorn.calls`).
 
 ``NATIVE`` says whether the C extension was built.
 """
@@ -39,7 +40,7 @@ from ctypes import c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aiovm.engine.unicorn import lib
+from aiovm.engine.unicorn import calls, lib
 from aiovm.engine.unicorn.layout import (
     CLASS_TLB_FILL,
     CPU_CLASS,
@@ -269,12 +270,14 @@ class Budget:
                 )
             s.start = lib.address_of(lib.uc_emu_start)
             fill = lib.internal("x86_cpu_tlb_fill_x86_64")
-            *hooks, size = _budget.addresses(fill)
+            *hooks, size = _budget.addresses(fill, CPU_TLB)
             assert size == ctypes.sizeof(BudgetStruct)
-            self.on_block, self.on_interrupt, self.on_translate, self._on_fill, self._enter = hooks[:5]
+            self.on_block, self.on_interrupt, self.on_translate, self._on_fill, self._on_new_code, self._enter = hooks[
+                :6
+            ]
             if env:
-                self.on_in, self.on_out = hooks[5:7]
-            self.on_mmio_read, self.on_mmio_write = hooks[7:]
+                self.on_in, self.on_out = hooks[6:8]
+            self.on_mmio_read, self.on_mmio_write = hooks[8:]
         else:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
             self._eip = ctypes.c_uint64.from_address(env + Env.EIP) if env else None
@@ -344,6 +347,8 @@ class Budget:
             self.struct.flush_tlb = lib.internal("tlb_flush_x86_64")
             self.struct.cpu = cpu
             fills[0] = self._on_fill
+            if new_code := calls.slot("tlb_reset_dirty_by_vaddr_x86_64"):
+                ctypes.c_uint64.from_address(new_code).value = self._on_new_code
 
     def forget_code(self) -> None:
         """Every translation was thrown away, of code and of addresses."""
