@@ -19,7 +19,7 @@ help:
 	@echo "make soak    a storm in a Linux guest, MINUTES=10 on each clock"
 	@echo "make bench   this project beside bare Unicorn, QEMU and SimPy, as ratios"
 
-$(STAMP): pyproject.toml setup.py aiovm/engine/unicorn/_budget.c
+$(STAMP): pyproject.toml setup.py $(wildcard aiovm/engine/unicorn/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[plot,trace,test,lint]"
 	touch $@

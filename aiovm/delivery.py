@@ -14,6 +14,9 @@ Rules:
 * :func:`deliver_event` goes on with the fault, combined by :func:`aiovm.events.combine`, until something is delivered
   or the machine shuts down.
 
+A kernel of 64 bits whose tables are in order gets its events from the engine instead, where that can
+(:meth:`aiovm.engine.base.Context.deliver`): to the same last bit.
+
 Modelled also: Accessed bits of CS and SS, the interrupt shadow's end. Not modelled: virtual-8086 mode extensions
 (CR4.VME), shadow stacks, FRED, user interrupts; PDPTEs are read from memory.
 """
@@ -25,8 +28,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.events import EventKind, combine
-from aiovm.memory import NoMemory
-from aiovm.page_walk import Access, PagingRegs, is_canonical
+from aiovm.page_walk import PagingRegs, is_canonical
 from aiovm.segmentation import (
     Fault,
     load_descriptor,
@@ -36,7 +38,6 @@ from aiovm.segmentation import (
     segment_of,
     write_system,
 )
-from aiovm.table_cache import Handler, TableCache, TableSet
 from aiovm.task_switch import switch_task
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ _KEPT: Final = ~(_TF | _NT | _RF | _VM)
 #: Members of enums are dear to look up.
 _RSP: Final = int(Reg.RSP)
 _ES, _CS, _SS, _DS, _FS, _GS, _TR = Seg.ES, Seg.CS, Seg.SS, Seg.DS, Seg.FS, Seg.GS, Seg.TR
-_WRITE: Final = int(Access.WRITE)
 _DR7_GD: Final = 1 << 13
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -83,12 +83,10 @@ def deliver(
     kind: EventKind,
     error_code: int | None = None,
     return_rip: int | None = None,
-    tables: TableCache | None = None,
 ) -> Fault | None:
     """Enter ``vector``'s handler; or answer the fault that doing so raised.
 
-    ``return_rip``: what is pushed, by default RIP; for software events the address after the instruction. ``tables``:
-    what was found before, for whoever delivers often.
+    ``return_rip``: what is pushed, by default RIP; for software events the address after the instruction.
     """
     kind_ = int(kind)
     rflags = cpu.rflags
@@ -99,16 +97,16 @@ def deliver(
         rflags &= ~_RF
     asks = kind_ & 5 == 4
     rip = cpu.rip if return_rip is None else return_rip
+    regs = PagingRegs.of(cpu)
     fault: Fault | None
-    if cpu.efer & _LMA:
-        known = TableSet(cpu, memory) if tables is None else tables.of(cpu)
-        fault = _deliver_long(cpu, memory, known, vector, error_code, asks, rip, rflags)
-    elif not cpu.cr0 & _PE:
-        fault = _deliver_real(cpu, memory, PagingRegs.of(cpu), vector, rip, rflags)
+    if regs.efer & _LMA:
+        fault = _deliver_long(cpu, memory, regs, vector, error_code, asks, rip, rflags)
+    elif not regs.cr0 & _PE:
+        fault = _deliver_real(cpu, memory, regs, vector, rip, rflags)
     elif rflags & _VM and kind_ == _SOFT_INT and rflags >> 12 & 3 < 3:
         fault = Fault(13, 0)  # INT n in virtual-8086 mode needs IOPL 3
     else:
-        fault = _deliver_protected(cpu, memory, PagingRegs.of(cpu), vector, error_code, asks, rip, rflags)
+        fault = _deliver_protected(cpu, memory, regs, vector, error_code, asks, rip, rflags)
     if fault is None:
         if cpu.interrupt_shadow:
             cpu.interrupt_shadow = False
@@ -124,13 +122,12 @@ def deliver_event(
     kind: EventKind,
     error_code: int | None = None,
     return_rip: int | None = None,
-    tables: TableCache | None = None,
 ) -> int:
     """Deliver, and whatever faults arise from it: the vector that reached its handler, or :data:`SHUTDOWN`.
 
     CR2 follows each page fault, delivered or not.
     """
-    fault = deliver(cpu, memory, vector, kind, error_code, return_rip, tables)
+    fault = deliver(cpu, memory, vector, kind, error_code, return_rip)
     if fault is None:
         return vector
     exception = vector if kind in (EventKind.EXCEPTION, EventKind.ICEBP, EventKind.SOFT_EXC) else None
@@ -142,7 +139,7 @@ def deliver_event(
             return SHUTDOWN
         vector = exception = following
         error_code = fault.error_code if following == fault.vector else 0
-        fault = deliver(cpu, memory, vector, EventKind.EXCEPTION, error_code, None, tables)
+        fault = deliver(cpu, memory, vector, EventKind.EXCEPTION, error_code)
     return vector
 
 
@@ -305,68 +302,16 @@ def _inner_stack(
 def _deliver_long(
     cpu: CpuState,
     memory: GuestMemory,
-    known: TableSet,
+    regs: PagingRegs,
     vector: int,
     error_code: int | None,
     asks_privilege: bool,
     rip: int,
     rflags: int,
 ) -> Fault | None:
-    """Sixteen-byte gates, 64-bit handlers, a frame that always holds SS:RSP (SDM vol. 3A, 6.14).
-
-    This path is hot: timer ticks, IPIs and page faults of 64-bit kernels.
-    """
+    """Sixteen-byte gates, 64-bit handlers, a frame that always holds SS:RSP (SDM vol. 3A, 6.14)."""
     ext = 0 if asks_privilege else 1
-    cpl = cpu.cpl
-    handler = known.handler(vector)
-    if handler is None or handler.dpl > cpl or (asks_privilege and handler.gate_dpl < cpl):
-        looked = _handler_long(cpu, memory, known.regs, vector, asks_privilege, cpl)
-        if isinstance(looked, Fault):
-            return looked
-        handler = looked
-    inner = handler.dpl < cpl and not handler.conforming
-
-    old_rsp = rsp = cpu.gpr[_RSP]
-    if handler.ist or inner:
-        tr = cpu.segment(_TR)
-        offset = 28 + 8 * handler.ist if handler.ist else 4 + 8 * handler.dpl
-        if offset + 7 > tr.limit:
-            return Fault(10, tr.selector & 0xFFFC | ext)
-        found = known.read(tr.base + offset, 8)
-        if isinstance(found, Fault):
-            return found
-        rsp = found
-    old_cs = cpu.segment(_CS)
-    frame = rip, old_cs.selector, rflags, old_rsp, cpu.selector(_SS)
-    data = _FRAME.pack(*frame) if error_code is None else _FRAME_WITH_ERROR.pack(error_code, *frame)
-    top = rsp & ~0xF
-    rsp = top - len(data) & _M64
-    if not is_canonical(rsp) or not is_canonical(top - 1 & _M64):
-        return Fault(12, ext)
-    if not is_canonical(handler.target):
-        return Fault(13, ext)
-    fault = _push_long(memory, known, rsp, data)
-    if fault is not None:
-        return fault
-
-    rflags &= _KEPT
-    cpu.rflags = rflags if handler.is_trap else rflags & ~_IF
-    cpu.gpr[_RSP] = rsp
-    cpu.rip = handler.target
-    cs = handler.segments[handler.dpl if inner else cpl]
-    if cs != old_cs:  # kernel to kernel: a load is dear, and changes nothing
-        cpu.set_segment(_CS, cs)
-    if inner:
-        cpu.set_segment(_SS, Segment(handler.dpl, 0, 0, handler.dpl << 13))
-        cpu.cpl = handler.dpl
-    return None
-
-
-def _handler_long(
-    cpu: CpuState, memory: GuestMemory, regs: PagingRegs, vector: int, asks_privilege: bool, cpl: int
-) -> Handler | Fault:
-    """The gate and its code segment, every check in its order."""
-    ext = 0 if asks_privilege else 1
+    cpl = regs.cpl
     base, limit = cpu.idt
     at = vector * 16
     if at + 15 > limit:
@@ -379,18 +324,45 @@ def _handler_long(
         return Fault(13, vector << 3 | 2 | ext)
     if not gate & 0x8000_0000_0000:
         return Fault(11, vector << 3 | 2 | ext)
-    descriptor = _handler_code(cpu, memory, regs, gate >> 16 & 0xFFFF, cpl, ext)
-    return descriptor if isinstance(descriptor, Fault) else Handler.of(gate, descriptor)
+    selector = gate >> 16 & 0xFFFF
+    descriptor = _handler_code(cpu, memory, regs, selector, cpl, ext)
+    if isinstance(descriptor, Fault):
+        return descriptor
+    dpl, ist = descriptor >> 45 & 3, gate >> 32 & 7
+    inner = dpl < cpl and not descriptor & 1 << 42
 
+    old_rsp = rsp = cpu.gpr[_RSP]
+    if ist or inner:
+        tr = cpu.segment(_TR)
+        offset = 28 + 8 * ist if ist else 4 + 8 * dpl
+        if offset + 7 > tr.limit:
+            return Fault(10, tr.selector & 0xFFFC | ext)
+        found = read_system(memory, regs, tr.base + offset, 8)
+        if isinstance(found, Fault):
+            return found
+        rsp = found
+    old_cs = cpu.segment(_CS)
+    frame = rip, old_cs.selector, rflags, old_rsp, cpu.selector(_SS)
+    data = _FRAME.pack(*frame) if error_code is None else _FRAME_WITH_ERROR.pack(error_code, *frame)
+    top = rsp & ~0xF
+    rsp = top - len(data) & _M64
+    if not is_canonical(rsp) or not is_canonical(top - 1 & _M64):
+        return Fault(12, ext)
+    target = gate & 0xFFFF | gate >> 32 & 0xFFFF_FFFF_FFFF_0000
+    if not is_canonical(target):
+        return Fault(13, ext)
+    fault = write_system(memory, regs, rsp, data, 8)
+    if fault is not None:
+        return fault
 
-def _push_long(memory: GuestMemory, known: TableSet, rsp: int, data: bytes) -> Fault | None:
-    """The frame, in one store where it lies in one page."""
-    if (rsp & 0xFFF) + len(data) <= 4096:
-        gpa = known.page(rsp, _WRITE)
-        if gpa >= 0:
-            try:
-                memory.write(gpa, data)
-            except NoMemory:
-                return None  # dropped, as by a bus
-            return None
-    return write_system(memory, known.regs, rsp, data, 8)
+    rflags &= _KEPT
+    cpu.rflags = rflags if type_ & 1 else rflags & ~_IF
+    cpu.gpr[_RSP] = rsp
+    cpu.rip = target
+    cs = segment_of(selector & 0xFFFC | (dpl if inner else cpl), descriptor)
+    if cs != old_cs:  # kernel to kernel: a load is dear, and changes nothing
+        cpu.set_segment(_CS, cs)
+    if inner:
+        cpu.set_segment(_SS, Segment(dpl, 0, 0, dpl << 13))
+        cpu.cpl = dpl
+    return None

@@ -179,17 +179,14 @@ def translate_debug(memory: GuestMemory, regs: PagingRegs, gva: int, translate: 
     return None if isinstance(found, PageFault) else found.gpa
 
 
-def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int, path: list[int] | None = None) -> int:
+def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int) -> int:
     """The straight path of 4-level paging: a supervisor's data on a 4K or 2M page, nothing left to judge or to set.
 
-    -1 says only that the full walk must decide. Event delivery lives on this. ``path`` gets where the entries are: word
-    numbers in CR3's slot.
+    -1 says only that the full walk must decide. ``engine/unicorn/_delivery.c`` walks it too.
     """
     slot = memory.map.find(regs.cr3 & _ADDRESS)
     if slot is None:
         return -1
-    if path is None:
-        path = []
     base, size, words = slot.base, slot.size, slot.words
     # P and A, for a write also W; no reserved bit; PS clear in the tables (bit 7 of a PTE is PAT), D in a written PTE.
     wanted = _PRESENT | _ACCESSED | access & _WRITE
@@ -197,27 +194,21 @@ def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int, pa
     if not regs.efer & _EFER_NXE:
         looked |= _NX
     at = (regs.cr3 & _ADDRESS) - base
-    where = at >> 3 | gva >> 39 & 0x1FF
-    path.append(where)
-    entry: int = words[where]
+    entry: int = words[at >> 3 | gva >> 39 & 0x1FF]
     if entry & looked != wanted:
         return -1
     allow = entry
     at = (entry & _ADDRESS) - base
     if not 0 <= at < size:
         return -1
-    where = at >> 3 | gva >> 30 & 0x1FF
-    path.append(where)
-    entry = words[where]
+    entry = words[at >> 3 | gva >> 30 & 0x1FF]
     if entry & looked != wanted:
         return -1
     allow &= entry
     at = (entry & _ADDRESS) - base
     if not 0 <= at < size:
         return -1
-    where = at >> 3 | gva >> 21 & 0x1FF
-    path.append(where)
-    entry = words[where]
+    entry = words[at >> 3 | gva >> 21 & 0x1FF]
     if entry & _PS:
         wanted |= _PS | (_DIRTY if access & _WRITE else 0)
         if entry & (looked | wanted | _LEAF_RESERVED[21]) != wanted:
@@ -231,9 +222,7 @@ def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int, pa
     at = (entry & _ADDRESS) - base
     if not 0 <= at < size:
         return -1
-    where = at >> 3 | gva >> 12 & 0x1FF
-    path.append(where)
-    entry = words[where]
+    entry = words[at >> 3 | gva >> 12 & 0x1FF]
     if access & _WRITE:
         wanted |= _DIRTY
         looked |= _DIRTY

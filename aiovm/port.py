@@ -26,7 +26,6 @@ from aiovm.paravirt import HypercallNumber, refusal
 from aiovm.requests import Request
 from aiovm.segmentation import Fault
 from aiovm.smm import enter_smm, leave_smm
-from aiovm.table_cache import TableCache
 from aiovm.task_register import io_permitted, load_tr
 from aiovm.trace import Kind
 from aiovm.vcpu_io import UserRange, within_page
@@ -64,7 +63,6 @@ class VcpuPort:
         self.vm = vcpu.vm
         self._now = self.vm.clock.now
         self._same_leaves = self.vm.cpuid.same
-        self._tables = TableCache(self.vm.memory)
 
     # ---- CPUID, TSC and MSRs ----------------------------------------------------------------------------------
 
@@ -293,6 +291,10 @@ class VcpuPort:
 
     # ---- exceptions and interrupts -----------------------------------------------------------------------------------
 
+    @property
+    def hears_exceptions(self) -> bool:
+        return self.vm.trace.on
+
     def on_exception(self, vector: int, error_code: int | None, address: int) -> None:
         if vector == 1 and self.vcpu.guest_debug & _DEBUGGER_TAKES_DB:
             self._leave_debug(1, self.vcpu.context.state.get_dr(6))
@@ -366,7 +368,9 @@ class VcpuPort:
         """Through the guest's own tables; a triple fault ends the slice. Whether it was delivered."""
         vm, vcpu = self.vm, self.vcpu
         vm.cells[0] += vm.costs.inject_ns
-        outcome = deliver_event(vcpu.context.state, vm.memory, vector, kind, error_code, return_rip, self._tables)
+        if vcpu.context.deliver(vector, kind, error_code, return_rip):
+            return True
+        outcome = deliver_event(vcpu.context.state, vm.memory, vector, kind, error_code, return_rip)
         if outcome == SHUTDOWN:
             self._shutdown("triple fault")
             return False

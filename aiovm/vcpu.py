@@ -159,8 +159,7 @@ class Vcpu(VcpuRequests, VcpuIoctls):
         self.pv = Paravirt(vm.memory, vm.kvmclock, vcpu_id=vcpu_id)
         self.steal = self.pv.steal
         self.ple = PleWindow()
-        #: The last exits, for the message of a guest that ended itself.
-        self.history: deque[str] = deque(maxlen=8)
+        self._history: deque[str] = deque(maxlen=8)
         self.port = port(self)
         self.context: Context = vm.engine.create_context(index, self.port)
         self.tsc = GuestTsc(on_change=self.context.set_tsc)
@@ -798,11 +797,18 @@ class Vcpu(VcpuRequests, VcpuIoctls):
 
     # ---- for people --------------------------------------------------------------------------------------------------
 
+    @property
+    def history(self) -> deque[str]:
+        """The last exits, for the message of a guest that ended itself."""
+        self._history.extend(f"#{vector}" for vector in self.context.take_delivered())
+        return self._history
+
     def note(self, what: str) -> None:
         """Remember an exit for the message of a guest that ends itself."""
         self.history.append(what)
 
     def describe(self) -> str:
         """One phrase: who, state, RIP, last exits."""
+        history = self.history
         text = f"vCPU {self.index} {self.mp_state.name.lower()} at RIP {self.context.state.rip:#x}"
-        return text + (f" (last exits: {', '.join(self.history)})" if self.history else "")
+        return text + (f" (last exits: {', '.join(history)})" if history else "")

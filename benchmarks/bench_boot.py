@@ -108,6 +108,7 @@ def counted(vcpus: int) -> tuple[Counter[str], Counter[str], Vm, float]:
 
         setattr(where, method, timed)
 
+    VcpuPort.hears_exceptions = property(lambda _: True)
     watch(Intercepts, "on_interrupt", lambda _, number: intercept_name(number))
     watch(VcpuPort, "on_cpuid", lambda *_: "CPUID")
     watch(VcpuPort, "on_rdmsr", lambda *_: "RDMSR")

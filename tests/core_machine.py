@@ -40,6 +40,7 @@ class Port:
         self.then = {}
         self.permitted = ()
         self.msr = 0x1122_3344_5566_7788
+        self.hears_exceptions = True
         self.engine = self.context = None
 
     def note(self, what, *arguments):

@@ -39,10 +39,6 @@ class FakeCpu:
     def selector(self, which):
         return self.segments[which].selector
 
-    @property
-    def tables(self):
-        return (self.cr0, self.cr3, self.cr4, self.efer, *self.gdt, *self.idt)
-
     def set_segment(self, which, value):
         self.segments[which] = value
 

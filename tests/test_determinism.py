@@ -100,6 +100,24 @@ def test_an_exit_in_c_and_in_python(loop):
     assert trace_of(f"loop={loop} n=40", native=False) == in_c
 
 
+@pytest.mark.skipif(not NATIVE, reason="the C hook is not built: there is the Python twin only")
+def test_faults_that_c_delivers_by_itself():
+    """Where nobody traces: the same memory at the same time, and the same words for people."""
+
+    async def main(native):
+        said = bytearray()
+        async with Vm(Host(1), console=said.extend, native=native) as vm:
+            vm.load(guests.path("bench").read_bytes(), cmdline="loop=fault n=40")
+            await vm.run()
+            memory = b"".join(bytes(slot.bytes_) for slot in vm.memory.map.slots)
+            return bytes(said), vm.clock.now(), hash(memory), vm.describe()
+
+    in_c = run(main(True))
+    assert b"fault: 40 rounds" in in_c[0]
+    assert in_c[3].count("#14") > 4
+    assert run(main(False)) == in_c
+
+
 def test_different_seeds_differ():
     """In the trace of the same lock, whose think times and slices follow the seed."""
     found = [json.loads(fresh(MEASURE, "tas", "2", "fair", "default", str(seed))) for seed in range(3)]

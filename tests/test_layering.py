@@ -38,7 +38,6 @@ FLOORS = {
         "mmu",
         "page_walk",
         "segmentation",
-        "table_cache",
         "task_switch",
         "task_register",
         "descriptor_tables",

@@ -176,10 +176,6 @@ class CpuState(Protocol):
     def long_mode(self) -> bool:
         """64-bit code runs: EFER.LMA and CS.L."""
 
-    @property
-    def tables(self) -> tuple[int, ...]:
-        """CR0, CR3, CR4, EFER, GDTR and IDTR as one value: equal when they are."""
-
     def selector(self, which: Seg) -> int: ...
 
     def segment(self, which: Seg) -> Segment: ...
@@ -230,6 +226,12 @@ class GuestPort(Protocol):
         """IRET in long mode, ``width`` bytes an operand; RIP is where it returned to, or its fault's handler."""
 
     def on_rsm(self) -> None: ...
+
+    @property
+    def hears_exceptions(self) -> bool:
+        """Whether :meth:`on_exception` is to be called for each; else, from the next slice on, an engine may deliver by
+        itself what :meth:`Context.deliver` can, but for #DB, at the price of an injection."""
+
     def on_exception(self, vector: int, error_code: int | None, address: int) -> None: ...
     def on_soft_interrupt(self, vector: int, length: int, kind: EventKind) -> None:
         """INT n, INT3, INTO or INT1, ``length`` bytes long."""
@@ -291,6 +293,14 @@ class Context(Protocol):
         """Where the last INS that left stored its element, a linear address; None after IN."""
 
     def flush_tlb(self) -> None: ...
+    def deliver(self, vector: int, kind: EventKind, error_code: int | None, return_rip: int | None) -> bool:
+        """As :func:`aiovm.delivery.deliver`, where the engine can and nothing stands in the way. False: nothing has
+        changed, and the caller must do it."""
+
+    def take_delivered(self) -> bytes:
+        """The vectors of the exceptions, the last eight at most, that the engine has delivered without asking the port
+        since this was last asked."""
+
     def set_tsc(self, ratio: int, offset: int) -> None:
         """The guest's TSC is the machine's, scaled (48 fraction bits), plus ``offset``: an engine may answer RDTSC."""
 

@@ -10,7 +10,6 @@ from aiovm.delivery import SHUTDOWN, deliver, deliver_event
 from aiovm.engine.base import DescriptorTable, Seg
 from aiovm.events import EventKind
 from aiovm.segmentation import Fault
-from aiovm.table_cache import TableCache
 
 selectors = st.one_of(st.sampled_from([s | rpl for s in ENTRIES for rpl in (0, 3)]), st.integers(0, 0xFFFF))
 offsets = st.sampled_from([0x400, 0x1_0000, 0x7FFF_FFFF_FFFF, 0x8000_0000_0000, 0xFFFF_8000_0000_0400])
@@ -76,20 +75,3 @@ def test_delivery_is_total(machine, kind, error_code):
         assert last == SHUTDOWN or 0 <= last < 256
         if outcome is None:
             assert (last, again) == (vector, cpu)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(machines(), min_size=2, max_size=5), events)
-def test_what_was_found_before_changes_nothing(drawn, kind):
-    """One cache over tables that change under it answers as none."""
-    shared = new_memory()
-    tables = TableCache(shared)
-    for memory, cpu, vector in [*drawn, *drawn]:
-        shared.write(0, memory.read(0, 0x4_0000))
-        cached, plain = cpu.copy(), cpu.copy()
-        outcome = deliver(cached, shared, vector, kind=kind, error_code=4, tables=tables)
-        alone = new_memory()
-        alone.write(0, memory.read(0, 0x4_0000))
-        assert outcome == deliver(plain, alone, vector, kind=kind, error_code=4)
-        assert cached == plain
-        assert shared.read(0, 0x4_0000) == alone.read(0, 0x4_0000)

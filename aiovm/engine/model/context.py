@@ -260,6 +260,10 @@ class ModelContext:
     def flush_tlb(self) -> None:
         """No TLB: what a flush costs is the program's business."""
 
+    def take_delivered(self) -> bytes:
+        """Programs have no exceptions."""
+        return b""
+
     def set_tsc(self, ratio: int, offset: int) -> None:
         """Programs know the clock itself."""
 

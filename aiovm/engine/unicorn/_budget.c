@@ -10,78 +10,8 @@
  *
  * Also here, and without a twin because no guest can see it: data accesses fill the TLB without the right to execute
  * where a page holds no code. The core sends every store to a page that may be executed through its slow path.
- *
- * No third-party header: Unicorn's functions come as addresses in the shared structure. */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <time.h>
-
-typedef bool tlb_filler(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from);
-
-struct tlb_table {
-    uint64_t mask;           /* (entries - 1) * 64 */
-    char *entries;
-};
-
-typedef struct {
-    uint64_t read, write, code, physical, host, unused[3];
-} tlb_entry;
-
-typedef struct {
-    volatile int64_t *cells; /* now, limit: ns */
-    int64_t rate;            /* 1/256 ns a code byte */
-    int64_t frac;            /* carried 1/256 ns, of the running vCPU */
-    int64_t stops, pauses;
-    int64_t pause_cost;      /* ns a PAUSE */
-    int64_t ple_gap;         /* ns: longest time between PAUSEs of one loop */
-    int64_t ple_window;      /* ns: longest loop; negative: pause-loop exiting is off */
-    int64_t ple_first, ple_last;
-    volatile uint16_t *exit_pending; /* non-zero: the core leaves before this block */
-    uint64_t *eip;           /* null on the public path: every exit goes to Python */
-    uint32_t *hflags;
-    uint8_t *windows;        /* what waits for the guest to take it: bit 0 an interrupt, bit 1 an NMI */
-    uint64_t *cs_base;
-    int (*stop)(void *);
-    const int64_t *costs;    /* of each interrupt number but PAUSE's, ns */
-    int64_t exit_cost;       /* of what has no number of its own: hypercalls, ports, device memory */
-    PyObject *interrupt;     /* called with the number; answers the exit */
-    PyObject *fail;          /* called with what Python raised; ends the slice */
-    PyObject *port_in, *port_out; /* PortIo's: IN and OUT of code that may need a permission */
-    PyObject *behind_io;     /* PortIo's: what is to be done behind an IN (0) or OUT (1) */
-    PyObject *port;          /* the running vCPU's GuestPort; null: no vCPU runs */
-    int (*fetch)(void *, uint64_t, uint32_t, void *, size_t);
-    uint64_t code;           /* the first bytes of the instruction that exits, as many as are mapped up to 4 */
-    int (*translate)(void *, uint64_t, uint32_t, uint64_t *);
-    uint8_t *code_pages;     /* one byte a guest page: code was translated from it */
-    uint64_t code_page_count;
-    const uint64_t *ram;     /* where memory is: pairs of first and last address plus one, then zeros */
-    uint64_t *regs;          /* RAX, RCX, RDX; null: RDTSC goes to Python */
-    uint64_t *eflags;
-    uint64_t *cc_source;     /* the arithmetic flags, while cc_operation says so */
-    uint32_t *cc_operation;
-    int (*read_register)(void *, int, void *);
-    int64_t flags_register;  /* its number of RFLAGS */
-    uint64_t *tsc_aux;
-    int64_t tsc_khz;         /* the machine's counter; 0: RDTSC goes to Python */
-    int64_t tsc_epoch;       /* CLOCK_MONOTONIC when the machine's time was 0, ns; negative: time is cells[0] */
-    uint64_t tsc_last;       /* what any CPU has seen of the machine's counter: nobody's is behind that */
-    uint64_t tsc_ratio, tsc_offset; /* the running vCPU's: 48 fraction bits, then this added */
-    int (*start)(void *, uint64_t, uint64_t, uint64_t, size_t);
-    void *cpu;               /* the core's CPUState; null: its TLB is left alone */
-    struct tlb_table *tlb;   /* the core's TLB, a table for each of its MMU modes */
-    void (*flush_tlb)(void *);
-    uint64_t *cr3;
-    int64_t cr3_width;       /* bits that CR3 has; 0: stores to it go to Python */
-    uint64_t *resume;        /* where a block clears RF: the flags, or nobody's word; see let_return */
-    uint64_t *intercepts;    /* by bit: the exit's number less 0x160 */
-    uint64_t *resume_after;  /* what resume was */
-    uint64_t returning;      /* RF */
-    int64_t returned;        /* the block that is the IRET alone has begun */
-    int64_t counted;         /* the slice is of so many instructions; 0: it is not */
-} budget;
+ */
+#include "_budget.h"
 
 /* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
 static _Thread_local budget *running;
@@ -105,14 +35,6 @@ typedef struct {
     uint64_t pc;
     uint16_t icount, size;
 } block;
-
-enum { CR3_WRITE = 0x113, EXCEPTION = 0x140, UNDEFINED = 0x146, INTERCEPTS = 0x160, WINDOW = 0x164, RDTSC = 0x16e,
-       CPUID = 0x172, IRET = 0x174, SOFT_INTERRUPT = 0x175, PAUSE = 0x177, HLT = 0x178, MSR = 0x17c };
-/* FAULTED is no interrupt of the core's: a carried instruction has raised a fault. */
-enum { FAULTED = 0, EFER = 0xc0000080 };
-enum { INHIBIT_IRQ = 8, CPL = 3, CS64 = 1 << 15, TF = 0x100, IF = 0x200, NT = 1 << 14, RF = 1 << 16, READ = 1, EXECUTE = 4 };
-enum { INTERRUPT = 1 }; /* of the windows */
-enum { SS = 2, FS = 4, GS = 5, GDT = 8 };
 
 /* IRET is intercepted again. */
 static void intercept_returns(budget *b)
@@ -277,18 +199,11 @@ static void interrupt(budget *b, uint32_t number)
     Py_XDECREF(argument);
 }
 
-/* A segment register, or the GDT's: selector, base, limit and flags << 32. */
-static const uint64_t *segment(const budget *b, int which)
-{
-    return b->cs_base - 4 + 3 * which;
-}
-
 /* Whether a return to that level takes the segment's selector, with which the core would take the base. */
 static bool loses(const budget *b, int which, uint64_t level)
 {
-    const uint64_t *s = segment(b, which);
-    uint64_t flags = s[2] >> 32;
-    return (s[0] & 0xfffc) && (flags >> 13 & 3) < level && (flags & 0xc00) != 0xc00;
+    const segment_register *s = segment(b, which);
+    return (s->selector & 0xfffc) && (s->flags >> 13 & 3) < level && (s->flags & 0xc00) != 0xc00;
 }
 
 /* Look at bytes of one page: whether they can be read, and are memory's, which does not notice. */
@@ -297,8 +212,8 @@ static bool peek(budget *b, void *uc, uint64_t linear, void *bytes, size_t size)
     uint64_t physical;
     if ((linear & 4095) + size > 4096 || b->translate(uc, linear, READ, &physical))
         return false;
-    for (const uint64_t *range = b->ram; range[1]; range += 2)
-        if (range[0] <= physical && physical < range[1])
+    for (const memory_range *range = b->ram; range->end; range++)
+        if (range->base <= physical && physical < range->end)
             return !b->fetch(uc, linear, READ, bytes, size);
     return false;
 }
@@ -308,7 +223,7 @@ static bool present(budget *b, void *uc, uint64_t selector)
 {
     uint64_t descriptor;
     return (selector & 0xfffc) && !(selector & 4) &&
-           peek(b, uc, segment(b, GDT)[1] + (selector & 0xfff8), &descriptor, 8) && descriptor >> 47 & 1;
+           peek(b, uc, segment(b, GDT)->base + (selector & 0xfff8), &descriptor, 8) && descriptor >> 47 & 1;
 }
 
 /* IRET is intercepted for the sake of FS and GS, whose bases the core would lose. One of 64-bit code that loses nothing,
@@ -328,7 +243,7 @@ static int let_return(budget *b, void *uc)
     ss = frame[4] & 0xffff;
     if ((uint64_t)((int64_t)(frame[0] << 16) >> 16) != frame[0])
         return 0;
-    if (ss != (uint32_t)segment(b, SS)[0] && !present(b, uc, ss))
+    if (ss != segment(b, SS)->selector && !present(b, uc, ss))
         return 0;
     if ((cs & 3) > (*b->hflags & CPL) && (loses(b, FS, cs & 3) || loses(b, GS, cs & 3)))
         return 0;
@@ -451,17 +366,6 @@ static bool carry(budget *b, void *uc, uint32_t number)
     return true;
 }
 
-/* The core computes arithmetic flags when somebody asks. Who is told of an event asks: have them at hand. */
-static void settle_flags(budget *b, void *uc)
-{
-    enum { OSZAPC = 0x8d5, COMPUTED = 1 };
-    uint64_t flags = 0;
-    if (*b->cc_operation == COMPUTED || b->read_register(uc, (int)b->flags_register, &flags))
-        return;
-    *b->cc_source = flags & OSZAPC;
-    *b->cc_operation = COMPUTED;
-}
-
 /* An exit for Python. The bytes of instructions that have one length, prefixes apart, come along. */
 static void report(budget *b, void *uc, uint32_t number)
 {
@@ -473,8 +377,12 @@ static void report(budget *b, void *uc, uint32_t number)
             return;
     }
     if (b->eip && ((number >= EXCEPTION && number < EXCEPTION + 32) || number == WINDOW || number == SOFT_INTERRUPT))
-        settle_flags(b, uc);
+        settle_flags(b);
     b->cells[0] += b->costs[number];
+    if (b->eip && number >= EXCEPTION && number < EXCEPTION + 32 && deliver_unheard(b, number - EXCEPTION)) {
+        settle(b, uc);
+        return;
+    }
     state = PyGILState_Ensure();
     interrupt(b, number);
     PyGILState_Release(state);
@@ -691,10 +599,29 @@ static PyObject *addresses(PyObject *self, PyObject *arguments)
                          ADDRESS(on_mmio_write), (Py_ssize_t)sizeof(budget));
 }
 
+/* deliver(address of the budget, vector, kind, error code or -1, the RIP that is pushed, or None for the guest's) */
+static PyObject *deliver_for_python(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    budget *b;
+    uint64_t rip;
+    (void)self;
+    (void)count;
+    b = PyLong_AsVoidPtr(arguments[0]);
+    if (!b)
+        return NULL;
+    rip = arguments[4] == Py_None ? *b->eip : PyLong_AsUnsignedLongLongMask(arguments[4]);
+    return PyBool_FromLong(deliver(b, (uint32_t)PyLong_AsLong(arguments[1]), (uint32_t)PyLong_AsLong(arguments[2]),
+                                   PyLong_AsLongLong(arguments[3]), rip));
+}
+
 static PyMethodDef methods[] = {
+    {"deliver", (PyCFunction)(void (*)(void))deliver_for_python, METH_FASTCALL,
+     "With a budget's address, an event's vector, kind and error code (-1: none), and the RIP that is pushed (None: the "
+     "guest's): whether it was delivered. If not, nothing has changed."},
     {"addresses", addresses, METH_VARARGS,
      "With the address of the core's page walk, and where its CPUState has the TLB: the addresses of the hooks (block, "
-     "interrupt, translation), of the page walk's cover, of what is called for new code, of the slice's entry, of the hooks of IN and OUT and of loads and stores where no memory is, and the "
+     "interrupt, translation), of the page walk's cover, of what is called for new code, of the slice's entry, of the hooks "
+     "of IN and OUT and of loads and stores where no memory is, and the "
      "size of the structure they share."},
     {NULL, NULL, 0, NULL},
 };

@@ -14,6 +14,9 @@ Rules (both hooks follow them; tests compare them):
 * The C hooks carry CPUID, RDMSR, WRMSR, hypercalls, IN, OUT, and loads and stores where no memory is, to the running
   vCPU's port and the answers back, as :mod:`~aiovm.engine.unicorn.intercepts`, :mod:`~aiovm.engine.unicorn.io` and the
   engine do where there is no C; forms with prefixes, single steps, EFER and I/O outside CPL 0 go there.
+* The C hook delivers events in long mode where nothing stands in the way (:meth:`Budget.deliver`), to the last bit as
+  :mod:`aiovm.delivery`; and exceptions by itself when the slice's port does not want to hear of them. #DB, #UD, #GP,
+  single steps and whatever has something to judge or to set go to Python.
 * The C hook lets a plain IRET that loses no base through to the core, uncharged; others go to Python.
 * The core computes arithmetic flags when somebody asks. Before an event is reported they are computed, for they will be
   pushed.
@@ -89,7 +92,7 @@ FAULTED: Final = 0
 
 
 class BudgetStruct(ctypes.Structure):
-    """Mirror of ``_budget.c``'s structure."""
+    """Mirror of ``_budget.h``'s structure."""
 
     _fields_ = (
         ("cells", c_void_p),
@@ -146,6 +149,15 @@ class BudgetStruct(ctypes.Structure):
         ("returning", c_uint64),
         ("returned", c_int64),
         ("counted", c_int64),
+        ("uc", c_void_p),
+        ("efer", c_void_p),
+        ("direction", c_void_p),
+        ("error_code", c_void_p),
+        ("fault_address", c_void_p),
+        ("inject_cost", c_int64),
+        ("unheard", c_int64),
+        ("delivered", c_int64),
+        ("vectors", ctypes.c_uint8 * 8),
     )
     if TYPE_CHECKING:
         rate: int
@@ -166,6 +178,18 @@ class BudgetStruct(ctypes.Structure):
         cr3_width: int
         exit_cost: int
         port: GuestPort
+        uc: int | None
+        fault_address: int
+        inject_cost: int
+        unheard: int
+        delivered: int
+        vectors: ctypes.Array[ctypes.c_uint8]
+
+
+class _MemoryRange(ctypes.Structure):
+    """``memory_range``."""
+
+    _fields_ = (("base", c_uint64), ("end", c_uint64), ("host", c_uint64), ("is_plain", c_uint64))
 
 
 class _TlbTable(ctypes.Structure):
@@ -242,6 +266,9 @@ class Budget:
             s.windows = windows
             s.intercepts = env + Env.INTERCEPT
             s.cr3 = env + Env.CR + 24
+            s.efer = env + Env.EFER
+            s.direction = env + Env.DF
+            s.error_code = env + Env.ERROR_CODE
         self.clear_resume(True)
         s.tsc_epoch = -1
         #: What an interrupt number costs, ns; PAUSE has a price of its own.
@@ -258,6 +285,7 @@ class Budget:
         s.flags_register = _RFLAGS
         self._handlers = handlers
         s.interrupt, s.fail, s.port_in, s.port_out, s.behind_io = handlers
+        self._delivers = native and bool(env)
         #: C functions for IN and OUT, and for loads and stores where no memory is; 0: Python's are called.
         self.on_in = self.on_out = self.on_mmio_read = self.on_mmio_write = 0
         self.address = ctypes.addressof(s)
@@ -293,8 +321,26 @@ class Budget:
             self._translate_twin = lib.HOOK_EDGE_T(self._twin_translate)
             self.on_translate = lib.address_of(self._translate_twin)
 
+    def deliver(self, vector: int, kind: int, error_code: int | None, return_rip: int | None) -> bool:
+        """In C, with the loaded vCPU's registers: see :meth:`aiovm.engine.base.Context.deliver`."""
+        if not self._delivers:
+            return False
+        error = -1 if error_code is None else error_code
+        delivered: bool = _budget.deliver(self.address, vector, kind, error, return_rip)
+        return delivered
+
+    def take_delivered(self) -> bytes:
+        """The vectors of the last exceptions that C delivered by itself, oldest first; they are counted no more."""
+        s = self.struct
+        count = s.delivered
+        if not count:
+            return b""
+        s.delivered = 0
+        return bytes(s.vectors[at & 7] for at in range(max(0, count - 8), count))
+
     def entry(self, uc: c_void_p, *, release_gil: bool) -> Callable[[int, int], int]:
         """What runs the core's code from an address, so many instructions or, with 0, until a hook stops it."""
+        self.struct.uc = uc.value
         if self.native:
             prototype = ctypes.CFUNCTYPE if release_gil else ctypes.PYFUNCTYPE
             return partial(prototype(c_int, c_void_p, c_void_p, c_uint64, c_size_t)(self._enter), self.address, uc)
@@ -322,13 +368,13 @@ class Budget:
         if self.struct.cpu:
             self.struct.cr3_width = width
 
-    def cover(self, ram: Sequence[tuple[int, int]]) -> None:
-        """Memory is at these ranges. Until :meth:`forget_code` any page may hold code."""
-        self.code_pages = bytearray(b"\1") * max(1, max((end for _, end in ram), default=0) >> 12)
+    def cover(self, ram: Sequence[tuple[int, int, int, bool]]) -> None:
+        """Memory is at these ranges: first address, the one behind the last, the host's; whether a store is a store and
+        no more, as nobody logs or refuses it. Until :meth:`forget_code` any page may hold code."""
+        self.code_pages = bytearray(b"\1") * max(1, max((end for _, end, _, _ in ram), default=0) >> 12)
         self.struct.code_pages = ctypes.addressof(ctypes.c_char.from_buffer(self.code_pages))
         self.struct.code_page_count = len(self.code_pages)
-        words = [word for pair in ram for word in pair]
-        self._ram = (c_uint64 * (len(words) + 2))(*words)
+        self._ram = (_MemoryRange * (len(ram) + 1))(*(_MemoryRange(*one) for one in ram))
         self.struct.ram = ctypes.addressof(self._ram)
 
     def spare_stores(self, cpu: int, seen: int) -> None:

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
     from aiovm.costs import Costs
     from aiovm.engine.base import GuestPort
+    from aiovm.events import EventKind
     from aiovm.kvm_structs import KvmFpu
 
 __all__ = ["UnicornContext", "UnicornEngine"]
@@ -120,6 +121,8 @@ class UnicornContext:
         self.watching = False
         self.ss_shadow = False
         self.accesses: list[tuple[int, int, bool]] = []
+        #: See :meth:`take_delivered`; while another vCPU is loaded.
+        self.delivered = b""
         #: Budget state of this vCPU while another one is loaded: frac, ple_first, ple_last.
         self.carried = (0, 0, 0)
         self.ple_window = -1
@@ -212,6 +215,17 @@ class UnicornContext:
 
     def flush_tlb(self) -> None:
         self.state.paging_changed = True
+
+    def deliver(self, vector: int, kind: EventKind, error_code: int | None, return_rip: int | None) -> bool:
+        self.engine.load(self)
+        if not self.engine.budget.deliver(vector, kind, error_code, return_rip):
+            return False
+        self.state.flags_changed = True
+        return True
+
+    def take_delivered(self) -> bytes:
+        taken, self.delivered = self.delivered, b""
+        return taken + self.engine.budget.take_delivered() if self.is_loaded else taken
 
     def read_msr(self, index: int) -> int:
         """An MSR that the core holds (one of the SYSCALL, base, SYSENTER, EFER or PAT registers)."""
@@ -336,6 +350,8 @@ class UnicornEngine:
         for number, cost in interrupt_costs(costs).items():
             self.budget.costs[number] = cost
         self.budget.struct.exit_cost = costs.exit_ns
+        self.budget.struct.inject_cost = costs.inject_ns
+        self.budget.struct.fault_address = ctypes.addressof(self._exitinfo2)
         self.budget.struct.rate = costs.code_rate
         self.budget.struct.pause_cost = costs.pause_ns
         self.budget.struct.ple_gap = PLE_GAP_CYCLES * 1_000_000 // costs.tsc_khz
@@ -480,7 +496,9 @@ class UnicornEngine:
             self._mapped[low, high, address, rights] = keep
         if not all(slot.writable for slot in new.slots):
             self._watch_rom()
-        self.budget.cover([(slot.base, slot.end) for slot in new.slots])
+        self.budget.cover(
+            [(slot.base, slot.end, slot.host_address, slot.writable and slot.dirty is None) for slot in new.slots]
+        )
         if self.current is not None:
             self.current.state.paging_changed = True
         self._dirty_code = True
@@ -569,6 +587,7 @@ class UnicornEngine:
         context.bind(None)
         s = self.budget.struct
         context.carried = (s.frac, s.ple_first, s.ple_last)
+        context.delivered += self.budget.take_delivered()
         self.current = None
 
     def load_tsc(self, context: UnicornContext) -> None:
@@ -667,6 +686,7 @@ class UnicornEngine:
         if state.flags_changed:
             state.fold_flags()
         self.budget.struct.ple_window = context.ple_window
+        self.budget.struct.unheard = not context.port.hears_exceptions
         self._exit = None
         self.apply_windows(context)
         # Invariant: a kick stores its flag, then the limit; here the other way round. One of the two sees it.

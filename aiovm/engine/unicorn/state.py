@@ -10,7 +10,6 @@ they are already folded; writing folds them.
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiovm.engine.base import DescriptorTable, Seg, Segment
@@ -59,10 +58,6 @@ _PE, _LMA, _CS32, _SS32, _ADDSEG = Hf.PE, Hf.LMA, Hf.CS32, Hf.SS32, Hf.ADDSEG
 _OSFXSR, _SMAP = Hf.OSFXSR, Hf.SMAP
 _LONG_CODE = _LMA | _CS32 | _SS32 | _CS64
 _HFLAGS2 = Env.HFLAGS2 >> 2
-#: CR0, CR3, CR4, EFER, and the tables' bases and limits.
-_TABLES: Callable[[memoryview], tuple[int, ...]] = itemgetter(
-    _CR0, _CR0 + 3, _CR0 + 4, _EFER, Env.GDT + 8 >> 3, Env.GDT + 16 >> 3, Env.IDT + 8 >> 3, Env.IDT + 16 >> 3
-)
 _VM = 1 << 17
 
 
@@ -245,10 +240,6 @@ class EnvState:
     @property
     def long_mode(self) -> bool:
         return self.d[_HFLAGS] & _CS64 != 0
-
-    @property
-    def tables(self) -> tuple[int, ...]:
-        return _TABLES(self.q)
 
     @property
     def iret_intercepted(self) -> bool:

@@ -268,22 +268,6 @@ def test_a_segments_flags_are_the_descriptors_and_no_part_of_its_limit(make):
     assert m.state.selector(Seg.DS) == 8
 
 
-def test_the_place_of_the_tables_is_one_value(make):
-    m = make("f4")
-    seen = {m.state.tables}
-    for name, value in (("cr0", 0x33), ("cr3", 0x9000), ("cr4", 0x20), ("efer", 0x500)):
-        setattr(m.state, name, value)
-        seen.add(m.state.tables)
-    for name in ("gdt", "idt"):
-        for table in (DescriptorTable(0x1234_0000, 0), DescriptorTable(0x1234_0000, 0x7F)):
-            setattr(m.state, name, table)
-            seen.add(m.state.tables)
-    assert len(seen) == 9
-    m.state.gpr[0], m.state.rip, m.state.cr2 = 1, 2, 3
-    m.state.rflags = 0x46
-    assert m.state.tables in seen
-
-
 def test_sysret_returns(make):
     m = make("0f05 cc")  # syscall; int3
     m.memory.write(0x11000, code("480f07"))  # sysretq
