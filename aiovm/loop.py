@@ -150,13 +150,14 @@ def run_wall(main: Coroutine[Any, Any, T]) -> T:
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """A host at rest: the policy and what it remembers, the generator's words, and the accounts of each CPU."""
+    """A host at rest: the policy and what it remembers, the generator's words, each CPU's accounts and queue lock."""
 
     policy: str
     policy_state: dict[str, list[int]]
     random: list[int]
     busy_ns: list[int]
     switches: list[int]
+    lock_ends: list[list[int]]
 
 
 class Host:
@@ -210,6 +211,7 @@ class Host:
             list(words),
             [pcpu.busy_ns for pcpu in self.pcpus],
             [pcpu.switches for pcpu in self.pcpus],
+            [list(pcpu.lock_ends) for pcpu in self.pcpus],
         )
 
     def restore(self, state: HostState) -> bool:
@@ -218,8 +220,11 @@ class Host:
             return False
         self.random.setstate((self.random.VERSION, tuple(state.random), None))
         self.policy.restore(state.policy_state, self.threads)
-        for pcpu, busy_ns, switches in zip(self.pcpus, state.busy_ns, state.switches, strict=True):
+        accounts = zip(self.pcpus, state.busy_ns, state.switches, state.lock_ends, strict=True)
+        for pcpu, busy_ns, switches, lock_ends in accounts:
             pcpu.busy_ns, pcpu.switches = busy_ns, switches
+            pcpu.lock_ends.clear()
+            pcpu.lock_ends.extend(lock_ends)
         return True
 
     def register_machine(self, machine: object) -> int:
@@ -313,6 +318,27 @@ class Host:
         me.resched = True
         return 1
 
+    def lock_queues(self, me: Thread, target: Thread, at: int) -> int:
+        """When a yield is over that begins at ``at`` (ns): waiting for both queues' locks, and what is done under them.
+
+        ``double_rq_lock``: the lower queue's lock is held while the other's is waited for. Places in both lines are
+        taken at once, a simplification.
+        """
+        indices = sorted({me.pcpu_index, max(target.pcpu_index, 0)})
+        for index in indices:
+            at = self._queue_lock_free(self.pcpus[index], at)
+        at += self.costs.yield_ns
+        for index in indices:
+            self.pcpus[index].lock_ends.append(at)
+        return at
+
+    def _queue_lock_free(self, pcpu: Pcpu, at: int) -> int:
+        """When who asks at ``at`` for the lock of ``pcpu``'s queue has it."""
+        ends = pcpu.lock_ends
+        while ends and ends[0] <= at:
+            ends.popleft()
+        return ends[-1] + self.costs.queue_lock_ns * len(ends) // 2 if ends else at
+
     def is_single_task(self, thread: Thread) -> bool:
         """Whether nobody waits for the CPU that ``thread`` runs on."""
         return not self.pcpus[thread.pcpu_index].queue
@@ -339,7 +365,7 @@ class Host:
     def _dispatch(self, pcpu: Pcpu, thread: Thread, now: int) -> None:
         if pcpu.current is not None or thread.state is not ThreadState.READY:
             raise StateError(f"dispatch of thread {thread.number}, which is {thread.state.value}, on CPU {pcpu.index}")
-        start = now + self._switch_ns
+        start = self._queue_lock_free(pcpu, now) + self._switch_ns
         pcpu.current = thread
         pcpu.switches += 1
         thread.state = ThreadState.RUNNING

@@ -176,6 +176,8 @@ class Vcpu(VcpuRequests, VcpuIoctls):
         #: Says whether this vCPU holds a lock of the guest's, where the guest keeps such a word.
         self.lock_probe: Callable[[Vcpu], bool] | None = None
         self.yielded = False
+        #: Whom this vCPU yielded to in its pause-loop exit, until it is back from it; -1: nobody.
+        self.boosting = -1
         #: ns of the host's own work on this CPU that virtual time has yet to see.
         self.owed_ns = 0
 
@@ -522,6 +524,8 @@ class Vcpu(VcpuRequests, VcpuIoctls):
                 await thread.alarm
                 if not self._runs_ahead:
                     await vm.between_slices()
+            if self.boosting >= 0:
+                vm.last_boosted_vcpu, self.boosting = self.boosting, -1
             self.yielded = self.in_spin_loop = self.dy_eligible = False
 
     def _arm_eoi(self) -> None:
@@ -573,15 +577,25 @@ class Vcpu(VcpuRequests, VcpuIoctls):
             trace.emit(now, Kind.PLE, self.thread.number, self.context.state.rip, self.context.ple_window)
         self.ple.grow()
         self._load_ple()
-        outcome = on_spin(vm.vcpus, self.index, vm.last_boosted_vcpu, self._yield_to, vm.spin_options)
+        outcome = on_spin(vm.vcpus, self.index, vm.last_boosted_vcpu, self._offer_cpu, vm.spin_options)
         self.stat.directed_yield_attempted += outcome.tries
-        if vm.clock.is_virtual:
-            self.owed_ns += outcome.tries * vm.costs.yield_ns
-        # KVM works, and its yield sleeps, inside the handler: for its siblings this vCPU spins until it runs again.
+        # KVM works, and its yield sleeps, inside the handler: for its siblings this vCPU spins until it runs again, and
+        # only then does it note whom it boosted.
         self.in_spin_loop = outcome.tries > 0
-        if outcome.target >= 0:
-            vm.last_boosted_vcpu = outcome.target
-            self.stat.directed_yield_successful += 1
+        self.boosting = outcome.target
+        self.stat.directed_yield_successful += outcome.target >= 0
+
+    def _offer_cpu(self, index: int) -> int:
+        """One try of a spinner's, and what it costs."""
+        vm, thread, target = self.vm, self.thread, self.vm.vcpus[index].thread
+        answer = self._yield_to(index)
+        if vm.clock.is_virtual:
+            # -1 is given before the queues' locks are asked for; the kernels before that question took them always.
+            locked = answer >= 0 or not vm.spin_options.undercommit_check
+            now = vm.clock.now()
+            at = now + self.owed_ns
+            self.owed_ns = (vm.host.lock_queues(thread, target, at) if locked else at + vm.costs.yield_ns) - now
+        return answer
 
     def _yield_to(self, index: int) -> int:
         """``kvm_vcpu_yield_to``: 1 done, 0 no use, -1 nobody else is ready."""

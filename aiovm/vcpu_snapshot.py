@@ -74,6 +74,7 @@ class VcpuSnapshot:
     tpr_access_reporting: bool
     ipi_senders: int
     yielded: bool
+    boosting: int
     held_hits: int
     owed: int
 
@@ -82,7 +83,7 @@ class VcpuSnapshot:
 _PLAIN: Final = (
     "cpu", "preempted", "preempted_in_kernel", "ready", "in_spin_loop", "dy_eligible", "pv_unhalted", "halt_poll_ns",
     "smbase", "ia32_misc_enable_msr", "spec_ctrl", "tpr_access_reporting", "ipi_senders", "mp_state", "guest_debug_dr",
-    "yielded", "held_hits",
+    "yielded", "boosting", "held_hits",
 )  # fmt: skip
 _ACCOUNT: Final = tuple(field.name for field in fields(ThreadAccount))
 

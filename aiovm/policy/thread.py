@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
@@ -132,13 +133,15 @@ def _move(masks: dict[int, int], bit: int, before: int, after: int) -> None:
 class Pcpu:
     """A physical CPU: who runs on it, who waits for it."""
 
-    __slots__ = ("_crowd", "_current", "_load", "_queued", "busy_ns", "index", "queue", "switches")
+    __slots__ = ("_crowd", "_current", "_load", "_queued", "busy_ns", "index", "lock_ends", "queue", "switches")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.queue = RunQueue(self)
         self.busy_ns = 0
         self.switches = 0
+        #: When each of those who have the queue's lock, or wait for it, will have released it, in their order (ns).
+        self.lock_ends: deque[int] = deque()
         self._current: Thread | None = None
         self.join(Crowd())
 
