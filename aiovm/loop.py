@@ -324,7 +324,7 @@ class Host:
         ``double_rq_lock``: the lower queue's lock is held while the other's is waited for. Places in both lines are
         taken at once, a simplification.
         """
-        indices = sorted({me.pcpu_index, max(target.pcpu_index, 0)})
+        indices = sorted({me.pcpu_index, target.pcpu_index} - {-1})
         for index in indices:
             at = self._queue_lock_free(self.pcpus[index], at)
         at += self.costs.yield_ns

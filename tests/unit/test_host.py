@@ -477,6 +477,68 @@ def test_yield_to_a_thread_in_another_queue_reschedules_that_cpu(policy):
     run(main())
 
 
+def run_queue_locks(pcpus, **costs):
+    """A host with a thread running on each CPU; ends of yields that begin at the given times, by pairs of CPUs."""
+    host = Host(pcpus, policy=Policy(jitter=0), costs=Costs(**costs))
+    threads = [Guest(host, str(n)).thread for n in range(pcpus)]
+    for thread in threads:
+        host.wake(thread)
+    return host, lambda me, target, at: host.lock_queues(threads[me], threads[target], at)
+
+
+def test_a_yield_waits_for_the_locks_of_both_queues():
+    async def main():
+        _, ends = run_queue_locks(6, yield_ns=500)
+        assert ends(0, 1, 1_000) == 1_500
+        assert ends(2, 3, 1_100) == 1_600  # other queues
+        assert ends(4, 1, 1_100) == 2_000  # behind the first
+        assert ends(1, 1, 1_200) == 2_500
+        assert ends(5, 4, 1_300) == 2_500  # the third holds 4's lock while it waits for 1's
+        assert ends(0, 1, 2_500) == 3_000  # everybody is done
+
+    run(main())
+
+
+def test_a_ticket_locks_hand_over_takes_half_a_line_for_each_who_waits():
+    async def main():
+        _, ends = run_queue_locks(5, yield_ns=500, queue_lock_ns=100)
+        assert ends(1, 0, 0) == 500
+        assert ends(2, 0, 0) == 500 + 50 + 500
+        assert ends(3, 0, 0) == 1_050 + 100 + 500
+        assert ends(4, 0, 1_100) == 1_650 + 50 + 500  # one is left before it
+
+    run(main())
+
+
+def test_a_cpu_switches_when_it_has_its_queues_lock():
+    async def main():
+        host, ends = run_queue_locks(2, yield_ns=500, context_switch_ns=1_500)
+        late = Guest(host, "late")
+        host.wake(late.thread)
+        assert ends(1, 0, 0) == 500
+        host.block(host.pcpus[0].current)
+        await late.thread.alarm
+        assert host.clock.now() == 2_000
+
+    run(main())
+
+
+def test_a_saved_host_knows_who_holds_its_queues_locks():
+    async def main():
+        host, ends = run_queue_locks(2)
+        ends(0, 1, 0)
+        for pcpu in host.pcpus:
+            host.retire(pcpu.current)
+        other = Host(2, policy=Policy(jitter=0))
+        assert other.restore(host.save())
+        assert other.lock_queues(Guest(other, "a").thread, Guest(other, "b").thread, 0) == 500
+        waker = Guest(other, "c").thread
+        other.wake(waker)
+        assert other.lock_queues(waker, waker, 0) == 1_000
+
+    run(main())
+
+
 def test_is_single_task():
     async def main():
         host = host_of(1)

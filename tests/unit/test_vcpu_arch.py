@@ -354,6 +354,40 @@ def test_a_vcpu_that_gave_way_counts_as_a_spinner_until_it_runs_again():
     assert not any(running)
 
 
+def test_a_yielder_notes_whom_it_boosted_when_it_is_back():
+    """``yield_to`` calls ``schedule`` before it returns, and ``last_boosted_vcpu`` is stored after it."""
+
+    async def main():
+        host = Host(1)
+        log = []
+        async with Vm(host, vcpus=3, memory=1 << 20) as vm:
+            vm.load(b"\xf4", kind="flat")
+            vm.memory.write(CODE, bytes.fromhex("f390ebfc"))  # pause; jmp back
+            for index, vcpu in enumerate(vm.vcpus):
+                prepare(vm, "prot", index=index)
+                vcpu.mp_state = MpState.RUNNABLE
+                vcpu.on_sched_out = lambda vcpu, _: log.append((vcpu.index, vcpu.boosting, vm.last_boosted_vcpu))
+                vcpu.on_slice = lambda vcpu, start, end: log.append((vcpu.index, None, vm.last_boosted_vcpu))
+            tasks = [asyncio.create_task(vcpu.run()) for vcpu in vm.vcpus]
+            await asyncio.sleep(0.05)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            return log
+
+    log = run(main())
+    away, last, stale = {}, 0, 0
+    for index, boosting, seen in log:
+        if boosting is None:  # it runs: whoever was away is back, and has noted whom it boosted
+            last = away.pop(index, last)
+        elif boosting >= 0:
+            away[index] = boosting
+            stale += boosting != seen
+        assert seen == last
+    assert len(log) > 1000
+    assert stale
+
+
 def test_stores_of_the_guest_are_in_the_dirty_log():
     # mov byte [0x50123], 7; mov byte [0x52000], 7 -- and a store of what is there already at 0x51000.
     code = "c6042523010500 07 c6042500200500 07 c6042500100500 00"
