@@ -29,7 +29,7 @@ from aiovm.snapshot import CHUNK, SlotImage, Snapshot
 __all__ = ["FORMAT", "pack", "read", "unpack", "write"]
 
 #: Raised whenever a saved field comes, goes or changes its meaning.
-FORMAT: Final = 4
+FORMAT: Final = 5
 _MAGIC: Final = b"aiovm snapshot\r\n\x1a\n".ljust(24, b"\0")
 _HEAD: Final = struct.Struct("<24sIQI")
 _BIG: Final = 1

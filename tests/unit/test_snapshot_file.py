@@ -61,7 +61,7 @@ def test_zeroes_take_no_room(data):
 def test_the_head_is_as_documented(data):
     assert data[:18] == b"aiovm snapshot\r\n\x1a\n"
     version, length, checksum = struct.unpack_from("<IQI", data, 24)
-    assert (version, length, checksum) == (3, len(data) - 40, zlib.crc32(data[40:]))
+    assert (version, length, checksum) == (5, len(data) - 40, zlib.crc32(data[40:]))
 
 
 def rebuilt(data, change):
@@ -75,7 +75,7 @@ def rebuilt(data, change):
     [
         (lambda data: b"", "not a snapshot"),
         (lambda data: b"\x7fELF" + data[4:], "not a snapshot"),
-        (lambda data: data[:24] + b"\x09" + data[25:], "format 9; this aiovm reads format 3"),
+        (lambda data: data[:24] + b"\x09" + data[25:], "format 9; this aiovm reads format 5"),
         (lambda data: data[:-1], "damaged"),
         (lambda data: data + b"x", "damaged"),
         (lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:], "damaged"),
