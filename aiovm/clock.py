@@ -370,8 +370,10 @@ class _LinuxTimer:
             raise OSError(ctypes.get_errno(), "timerfd_create")
         self._set = libc.timerfd_settime
         self._due = due
-        weakref.finalize(self, os.close, self._fd)
-        loop.add_reader(self._fd, self._rang)
+        # The loop must not keep the timer, and with it its clock, a host and machines, for as long as it lives itself.
+        rang = weakref.WeakMethod(self._rang)
+        loop.add_reader(self._fd, lambda: _call(rang()))
+        weakref.finalize(self, _forget, loop, self._fd)
 
     def set(self, moment: int) -> None:
         self._set(self._fd, _ABSTIME, struct.pack("4q", 0, 0, *divmod(moment, SEC)), None)
@@ -380,6 +382,24 @@ class _LinuxTimer:
         with suppress(BlockingIOError):  # it was set anew
             os.read(self._fd, 8)
         self._due()
+
+
+def _call(method: Callable[[], object] | None) -> None:
+    if method is not None:
+        method()
+
+
+def _forget(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    """A timer's end, in whatever thread that is."""
+
+    def close() -> None:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+    try:
+        loop.call_soon_threadsafe(close)
+    except RuntimeError:  # the loop is closed, and watches nothing
+        os.close(fd)
 
 
 def _timer(loop: asyncio.AbstractEventLoop, due: Callable[[], object]) -> _LinuxTimer | _LoopTimer:

@@ -6,9 +6,15 @@ executes: no table of instructions, no cache, no history, so the same code costs
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Final
+
+from aiovm.units import whole
 
 __all__ = ["Costs"]
+
+#: Without these time would stand still.
+_POSITIVE: Final = ("code_rate", "quantum_ns", "tsc_khz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,10 @@ class Costs:
     quantum_ns: int = 2_000
     #: The guest's TSC: 2 GHz.
     tsc_khz: int = 2_000_000
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            whole(field.name, getattr(self, field.name), 1 if field.name in _POSITIVE else 0)
 
     def on_the_wall(self) -> Costs:
         """What bounds a slice where time passes by itself: an answer counts for somewhat more than it takes the host,

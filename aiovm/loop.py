@@ -177,8 +177,10 @@ class Host:
         seed: int = 0,
         trace: Tracer | None = None,
     ) -> None:
-        if pcpus < 1:
-            raise ConfigError(f"a host needs at least one physical CPU, not {pcpus}")
+        if not isinstance(pcpus, int) or pcpus < 1:
+            raise ConfigError(f"a host needs at least one physical CPU, not {pcpus!r}")
+        if policy is not None and not isinstance(policy, Policy):
+            raise ConfigError(f"policy: {policy!r} is no Policy; aiovm.policy.by_name makes one from its name")
         loop = asyncio.get_running_loop()
         if clock is None:
             clock = loop.clock if isinstance(loop, VirtualLoop) else WallClock()
@@ -192,6 +194,8 @@ class Host:
         self.pcpus = tuple(Pcpu(i) for i in range(pcpus))
         self.threads: list[Thread] = []
         self.machines: list[object] = []
+        #: How many there have been: what is new gets the next number.
+        self._threads_made = self._machines_made = 0
         self.policy.attach(self.pcpus, self.random)
         self.policy.start(self)
         self._slice_timers: list[Timer | None] = [None] * pcpus
@@ -230,7 +234,21 @@ class Host:
     def register_machine(self, machine: object) -> int:
         """A machine joins; its number on this host."""
         self.machines.append(machine)
-        return len(self.machines) - 1
+        self._machines_made += 1
+        return self._machines_made - 1
+
+    def release_machine(self, machine: object, number: int) -> None:
+        """``machine``, whose vCPUs run no more, is forgotten; its number and its threads' stay used."""
+        self.machines.remove(machine)
+        for thread in self.threads:
+            if thread.group == number:
+                self.policy.gone(thread)
+        self.threads = [thread for thread in self.threads if thread.group != number]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no machine has been here."""
+        return not self._machines_made
 
     # ---- threads -----------------------------------------------------------------------------------------------
 
@@ -245,7 +263,8 @@ class Host:
 
     def add_thread(self, notifier: PreemptNotifier, group: int) -> Thread:
         """A new thread, blocked. ``group``: its machine's number."""
-        thread = Thread(len(self.threads), group, notifier, Alarm(self.clock))
+        thread = Thread(self._threads_made, group, notifier, Alarm(self.clock))
+        self._threads_made += 1
         self.threads.append(thread)
         self.policy.added(thread)
         return thread

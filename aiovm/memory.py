@@ -123,6 +123,8 @@ class GuestMemory:
         ``backing``: writable host memory of at least ``size`` bytes, kept alive by the slot; new zeroed memory
         by default. Raises :class:`ConfigError`, with KVM's errno in the message, for what KVM refuses.
         """
+        if slot_id < 0:
+            raise ConfigError(f"memslot {slot_id}: slots are numbered from 0 (EINVAL)")
         old = next((s for s in self.map.slots if s.slot_id == slot_id), None)
         if size == 0:
             if old is None:
@@ -179,6 +181,8 @@ class GuestMemory:
 
     def read(self, gpa: int, length: int) -> bytes:
         """``length`` bytes at ``gpa``, which may cross slots; :class:`NoMemory` where none is."""
+        if length < 0:
+            raise ConfigError(f"{length} bytes cannot be read")
         slot = self.map.find(gpa)
         if slot is not None and gpa + length <= slot.base + slot.size:
             at = gpa - slot.base

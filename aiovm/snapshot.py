@@ -126,7 +126,7 @@ def take(vm: Vm) -> Snapshot:
         slice_ns=host.policy.slice_ns,
         seed=host.seed,
         costs=host.costs,
-        host=host.save() if len(host.machines) == 1 else None,
+        host=host.save() if len(host.machines) == 1 and vm.number == 0 else None,
         config=MachineConfig(
             len(vm.vcpus), vm.ram_size, vm.ple, vm.halt_poll_ns, int(vm.features), vm.wall_slice_ns, vm.nodes,
             vm.spin_options,
@@ -174,7 +174,7 @@ def check_host(host: Host, snapshot: Snapshot, virtio: Sequence[Backend]) -> Non
         )
     if len(virtio) != len(snapshot.virtio):
         raise ConfigError(f"the saved machine has {len(snapshot.virtio)} virtio devices, not {len(virtio)}")
-    if host.machines:
+    if not host.is_new:
         raise StateError("a machine is restored on a host of its own: its time is the host's time")
 
 

@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from aiovm.errors import ConfigError
 
-__all__ = ["GIB", "KIB", "MIB", "MS", "SEC", "US", "format_ns", "parse_duration", "parse_size"]
+__all__ = ["GIB", "KIB", "MIB", "MS", "SEC", "US", "format_ns", "parse_duration", "parse_size", "whole"]
 
 US = 1_000
 MS = 1_000_000
@@ -25,6 +25,14 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|µs|ms|s|min)\s*")
 _DURATION_UNITS = {"ns": 1, "us": US, "µs": US, "ms": MS, "s": SEC, "min": 60 * SEC}
 _SIZE = re.compile(r"\s*(\d+)\s*(|[KMG])(?:i?B)?\s*", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB}
+
+
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """``value`` if it is an integer from ``low`` to ``high``; else a :class:`ConfigError` that calls it ``name``."""
+    if isinstance(value, int) and low <= value and (high is None or value <= high):
+        return value
+    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise ConfigError(f"{name}: {value!r} is not a whole number {bounds}")
 
 
 def parse_duration(text: str) -> int:

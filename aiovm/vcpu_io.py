@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Reg
-from aiovm.errors import StateError
+from aiovm.errors import ConfigError, StateError
 from aiovm.exits import Exit, Mmio, Pio
 from aiovm.memory import PAGE
 from aiovm.mmu import write_virt
@@ -152,8 +152,8 @@ class UserIo:
 
 def _answer(vcpu: Vcpu, size: int) -> bytes:
     data, vcpu.kvm_run.data = vcpu.kvm_run.data, None
-    if data is None or len(data) != size:
-        given = "none" if data is None else f"{len(data)}"
+    if not isinstance(data, bytes | bytearray | memoryview) or len(data) != size:
+        given = f"{len(data)}" if isinstance(data, bytes | bytearray | memoryview) else f"none but {data!r}"
         raise StateError(
             f"vCPU {vcpu.index}: {vcpu.kvm_run.exit} wants {size} bytes in kvm_run.data, there are {given}"
         )
@@ -169,6 +169,8 @@ class UserRange:
     def __init__(
         self, base: int, *, ports: bool, leave: Callable[[Pio | Mmio], None], handler: UserHandler | None
     ) -> None:
+        if handler is not None and not callable(handler):
+            raise ConfigError(f"the handler of {base:#x}: {handler!r} cannot be called")
         self._base = base
         self._ports = ports
         self._leave = leave

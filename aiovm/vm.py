@@ -47,7 +47,7 @@ from aiovm.snapshot import check_host, put, take
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
 from aiovm.tsc import ns_to_tsc, tsc_to_ns
-from aiovm.units import parse_size
+from aiovm.units import parse_size, whole
 from aiovm.vcpu import MpState, Vcpu
 from aiovm.vcpu_io import UserHandler, UserRange
 from aiovm.vm_life import LIFE, LifeEvent, LifeState
@@ -67,6 +67,8 @@ __all__ = ["Debugger", "LifeEvent", "LifeState", "Outcome", "Vm"]
 
 _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
 _DEBUG_EXIT = 0xF4
+#: A slice on the wall clock, ns of charged code, while somebody waits for :meth:`Vm.between_slices`.
+_BRIEF = 100_000
 _MAX_VCPUS = 255
 #: How much longer a slice is on the wall clock when no other vCPU of the machine wants to run.
 _ALONE = 6
@@ -98,7 +100,8 @@ class Debugger(Protocol):
 class Vm(VmIoctls, VmRest):
     """One machine on ``host``.
 
-    ``memory``: bytes of RAM. ``ple``: pause-loop exiting. ``halt_poll_ns``: the longest halt poll (KVM's default).
+    ``memory``: bytes of RAM, or a text like ``64M``.
+    ``ple``: pause-loop exiting. ``halt_poll_ns``: the longest halt poll (KVM's default).
     ``features``: what KVM's CPUID leaf promises. ``native``, ``pointers``: the engine's paths, for tests.
     ``wall_slice_ns``: a slice's length on the wall clock, charged ns; six times that when no other vCPU wants to run.
     ``nodes``: NUMA nodes, each with an equal share of CPUs and memory.
@@ -111,7 +114,7 @@ class Vm(VmIoctls, VmRest):
         host: Host,
         *,
         vcpus: int = 1,
-        memory: int = 64 << 20,
+        memory: int | str = 64 << 20,
         ple: bool = True,
         halt_poll_ns: int = 200_000,
         features: KvmFeature = DEFAULT_FEATURES,
@@ -123,10 +126,19 @@ class Vm(VmIoctls, VmRest):
         nodes: int = 1,
         virtio: Sequence[Backend] = (),
     ) -> None:
-        if not 1 <= vcpus <= _MAX_VCPUS:
-            raise ConfigError(f"a machine has 1 to {_MAX_VCPUS} vCPUs, not {vcpus}")
+        if not isinstance(vcpus, int) or not 1 <= vcpus <= _MAX_VCPUS:
+            raise ConfigError(f"a machine has 1 to {_MAX_VCPUS} vCPUs, not {vcpus!r}")
+        whole("nodes, of NUMA", nodes, 1, vcpus)
+        whole("halt_poll_ns", halt_poll_ns, 0)
+        whole("wall_slice_ns", wall_slice_ns, 1)
+        if isinstance(memory, str):
+            memory = parse_size(memory)
+        if not isinstance(memory, int):
+            raise ConfigError(f"memory of {memory!r}: a number of bytes, or a text like 64M")
         if memory < 1 << 20 or memory & 0xFFF:
             raise ConfigError(f"memory of {memory:#x} bytes: at least 1M, in whole pages")
+        if console is not None and not callable(console):
+            raise ConfigError(f"console: {console!r} cannot be called")
         self.host = host
         self.number = host.register_machine(self)
         self.clock = host.clock
@@ -168,6 +180,7 @@ class Vm(VmIoctls, VmRest):
         self._inbox: deque[Callable[[], object]] = deque()
         self._baton = asyncio.Lock()
         self._queued = 0
+        self._visitors = 0
         loop = asyncio.get_running_loop()
         self._worker = None if virtual else SliceThread(f"aiovm-{self.number}", loop, self.clock)
         self._loop_thread = threading.get_ident()
@@ -196,6 +209,7 @@ class Vm(VmIoctls, VmRest):
             self.mmio.register(slot.base, slot.length, backend.attach(self, self.pc.new_line(slot.gsi)))
         self._running: asyncio.Task[Outcome] | None = None
         self._ended: asyncio.Future[Outcome] = loop.create_future()
+        self._over = asyncio.Event()
         self.image: LoadedImage | None = None
 
     @classmethod
@@ -221,18 +235,13 @@ class Vm(VmIoctls, VmRest):
         image = read_image(kernel, "the kernel ")
         if host is None:
             host = Host(vcpus if pcpus is None else pcpus)
-        size = memory if isinstance(memory, int) else parse_size(memory)
-        async with cls(host, vcpus=vcpus, memory=size, **options) as vm:
+        async with cls(host, vcpus=vcpus, memory=memory, **options) as vm:
             vm.load(image, name=Path(kernel).name, cmdline=cmdline, modules=read_modules(initrd), unpack=unpack)
             vm.start()
             assert vm._running is not None
-            try:
-                yield vm
-                if vm._running.done():
-                    vm._running.result()
-            finally:
-                vm._running.cancel()
-                await asyncio.wait([vm._running])
+            yield vm
+            if vm._running.done():
+                vm._running.result()
 
     # ---- life --------------------------------------------------------------------------------------------------
 
@@ -313,6 +322,7 @@ class Vm(VmIoctls, VmRest):
             await asyncio.gather(*tasks, return_exceptions=True)
             self._move(LifeEvent.END)
             self._no_rest()
+            self._over.set()
 
     async def _drive(self, vcpu: Vcpu) -> None:
         """One vCPU's task: KVM_RUN again and again, as a VMM's thread does."""
@@ -445,15 +455,26 @@ class Vm(VmIoctls, VmRest):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """A machine that still runs is stopped; then :meth:`close`."""
         try:
+            if self.life in (LifeState.RUNNING, LifeState.PAUSED):
+                self.stop()
+                await self._over.wait()
             for backend in self._backends:
                 await backend.aclose()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Free the engine and its memory."""
+        """Free the engine; nothing may run. The second time it does nothing."""
+        if self.life is LifeState.CLOSED:
+            return
+        if self.life is LifeState.LOADED:
+            for vcpu in self.vcpus:
+                if vcpu.mutex.locked():
+                    raise StateError(f"vCPU {vcpu.index} is in run(): cancel it before the machine is closed")
         self._move(LifeEvent.CLOSE)
+        self.host.release_machine(self, self.number)
         for vcpu in self.vcpus:
             vcpu.disarm_timer()
         self.pc.disarm()
@@ -535,8 +556,12 @@ class Vm(VmIoctls, VmRest):
         """Return when no slice runs, and none will before the caller waits again: memory may be changed then."""
         if self._slicing is not None:
             self.engine.kick()  # who wakes goes first, as on a busy kernel
-        async with self._baton:
-            return
+        self._visitors += 1
+        try:
+            await self._baton.acquire()
+        finally:
+            self._visitors -= 1
+        self._baton.release()
 
     async def run_slice(self, context: Context, budget: int) -> Exit:
         self._queued += 1
@@ -548,7 +573,9 @@ class Vm(VmIoctls, VmRest):
             if context in self._kicked:
                 self._kicked.discard(context)
                 return Interrupted()
-            if not self._queued:  # who comes meanwhile and wakes from a sleep ends it by a kick
+            if self._visitors:  # they came when no slice ran that could be kicked
+                budget = min(budget, _BRIEF)
+            elif not self._queued:  # who comes meanwhile and wakes from a sleep ends it by a kick
                 budget *= _ALONE
             self._slicing = context
             assert self._worker is not None

@@ -64,7 +64,7 @@ class Policy:
     conserving = True
 
     def __init__(self, *, slice_ns: int = 6_000_000, jitter: int = 100) -> None:
-        if slice_ns < 1 or not 0 <= jitter < 1000:
+        if not isinstance(slice_ns, int) or not isinstance(jitter, int) or slice_ns < 1 or not 0 <= jitter < 1000:
             raise ConfigError(
                 f"a slice of {slice_ns} ns with a jitter of {jitter}/1000: at least 1 ns, below 1000/1000"
             )
@@ -76,6 +76,8 @@ class Policy:
 
     def attach(self, pcpus: Sequence[Pcpu], random_: random.Random) -> None:
         """The host is ready; called once, before anything else."""
+        if self.pcpus:
+            raise ConfigError(f"this {self.name} policy serves another host: make one for each")
         self.pcpus = pcpus
         for pcpu in pcpus:
             pcpu.join(self.crowd)
@@ -127,6 +129,9 @@ class Policy:
 
     def added(self, thread: Thread) -> None:
         """``thread`` is new on the host; it does not run yet."""
+
+    def gone(self, thread: Thread) -> None:
+        """``thread``, which is blocked, leaves the host for good."""
 
     def woke(self, thread: Thread, pcpu: Pcpu, now: int) -> None:
         """``thread`` wakes and will be ``pcpu``'s, running or queued; ``thread.pcpu_index`` still names its last."""

@@ -60,6 +60,10 @@ class Fair(Policy):
         self._next = [None] * len(pcpus)
         self._skip = [None] * len(pcpus)
 
+    def gone(self, thread: Thread) -> None:
+        for wished in (self._next, self._skip):
+            wished[:] = [None if other is thread else other for other in wished]
+
     def save(self) -> dict[str, list[int]]:
         return {
             "floor": self._floor.copy(),

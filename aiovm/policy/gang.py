@@ -38,7 +38,8 @@ class Gang(Policy):
         self._threads: list[Thread] = []
         self._rows: list[list[Thread | None]] = []
         self._place: dict[int, tuple[int, int]] = {}
-        self._stale = True
+        #: Of machines that have no place yet.
+        self._new: list[Thread] = []
         self._active = 0
         self._slot_end = 0
         self._armed = False
@@ -48,7 +49,13 @@ class Gang(Policy):
 
     def added(self, thread: Thread) -> None:
         self._threads.append(thread)
-        self._stale = True
+        self._new.append(thread)
+
+    def gone(self, thread: Thread) -> None:
+        self._lay_out()
+        self._threads.remove(thread)
+        row, column = self._place.pop(thread.number)
+        self._rows[row][column] = None  # somebody new may have it; nobody moves
 
     def save(self) -> dict[str, list[int]]:
         return {"slot": [self._active, self._slot_end, int(self._armed)]}
@@ -65,13 +72,12 @@ class Gang(Policy):
     def _lay_out(self) -> None:
         width = len(self.pcpus)
         groups: dict[int, list[Thread]] = {}
-        for thread in self._threads:
+        for thread in self._new:
             groups.setdefault(thread.group, []).append(thread)
-        self._rows = []
+        self._new = []
         for members in groups.values():
             for first in range(0, len(members), width):
                 self._place_gang(members[first : first + width], width)
-        self._stale = False
 
     def _place_gang(self, gang: list[Thread], width: int) -> None:
         for row in self._rows:
@@ -87,7 +93,7 @@ class Gang(Policy):
             self._place[thread.number] = number, column
 
     def _row_of(self, thread: Thread) -> int:
-        if self._stale:
+        if self._new:
             self._lay_out()
         return self._place[thread.number][0]
 

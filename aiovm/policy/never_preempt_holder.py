@@ -44,6 +44,10 @@ class NeverPreemptHolder(Fair):
         self.patience_ns = patience_ns
         self._asked: dict[int, int] = {}
 
+    def gone(self, thread: Thread) -> None:
+        super().gone(thread)
+        self._asked.pop(thread.number, None)
+
     def save(self) -> dict[str, list[int]]:
         asked = sorted(self._asked.items())
         return {**super().save(), "asked": [number for pair in asked for number in pair]}

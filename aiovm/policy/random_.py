@@ -23,6 +23,10 @@ class Random(Policy):
         super().__init__(slice_ns=slice_ns, jitter=jitter)
         self._boosted: Thread | None = None
 
+    def gone(self, thread: Thread) -> None:
+        if self._boosted is thread:
+            self._boosted = None
+
     def save(self) -> dict[str, list[int]]:
         return {"boosted": [number_of(self._boosted)]}
 

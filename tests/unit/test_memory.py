@@ -345,3 +345,12 @@ def test_a_pointers_write_is_logged_and_heard():
     assert pointer.write(2, b"abcd")
     assert memory.take_dirty_log(3)[0] == 0b110
     assert heard == [(0x11FFE, 4)]
+
+
+def test_slots_have_numbers_and_reads_have_lengths():
+    memory = GuestMemory()
+    with pytest.raises(ConfigError, match="memslot -1"):
+        memory.set_region(-1, 0, 0x1000)
+    memory.set_region(0, 0, 0x1000)
+    with pytest.raises(ConfigError, match="-1 bytes"):
+        memory.read(0, -1)

@@ -391,3 +391,28 @@ def test_nobody_answers():
                 await vm.run()
 
     run(main())
+
+
+@pytest.mark.parametrize(("answer", "given"), [("x", "none but 'x'"), (5, "none but 5"), (b"12", "there are 2")])
+def test_an_answer_that_is_no_bytes_is_the_programs_error(answer, given):
+    async def handler(exit_):
+        return answer
+
+    async def main():
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            vm.claim_ports(0x300, 1, handler)
+            vm.load(bytes.fromhex("ba0003 ec"))  # mov dx, 0x300; in al, dx
+            with pytest.raises(StateError, match=given):
+                await vm.run()
+
+    run(main())
+
+
+def test_a_handler_can_be_called():
+    async def main():
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            with pytest.raises(ConfigError, match="handler of 0x300: 5 cannot be called"):
+                vm.claim_ports(0x300, 1, 5)
+            assert vm.ports.find(0x300, 1) is None
+
+    run(main())

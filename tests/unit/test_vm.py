@@ -4,12 +4,16 @@ import asyncio
 
 import pytest
 
+from aiovm.costs import Costs
 from aiovm.errors import ConfigError, DeadlockError, StateError
 from aiovm.loop import Host, run
+from aiovm.policy import POLICIES
+from aiovm.policy.fair import Fair
 from aiovm.vm import Vm
 from aiovm.vm_life import LIFE, LifeEvent, LifeState
 
 END = bytes.fromhex("b000 e6f4")  # mov al, 0; out 0xf4, al
+NEVER_END = bytes.fromhex("ebfe")  # jmp $
 #: The 8254's channel 0 as it is after power-on is silent; mode 2, 100 ticks: an interrupt every 84 us, for ever.
 TICKING = bytes.fromhex("b034 e643 b064 e640 b000 e640") + END
 #: x2APIC on; divide by 1, vector 0x40, periodic, 0x1000 counts: the local APIC ticks for ever.
@@ -86,3 +90,115 @@ def test_a_closed_machine_is_silent(code):
 
     with pytest.raises(DeadlockError):
         run(main())
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_leaving_the_block_stops_what_runs(paused):
+    """And the program's own error is the one that comes out."""
+
+    async def leave(vm):
+        async with vm:
+            raise KeyError("mine")
+
+    async def main():
+        vm = Vm(Host(1), memory=1 << 20)
+        vm.load(NEVER_END)
+        running = asyncio.create_task(vm.run())
+        await asyncio.sleep(0.001)
+        if paused:
+            await vm.pause()
+        with pytest.raises(KeyError, match="mine"):
+            await leave(vm)
+        assert vm.life is LifeState.CLOSED
+        assert (await running).reason == "stopped"
+
+    run(main())
+
+
+def test_a_vcpu_in_run_keeps_its_machine_open():
+    async def main():
+        vm = Vm(Host(1), memory=1 << 20)
+        vm.load(NEVER_END)
+        running = asyncio.create_task(vm.vcpus[0].run())
+        await asyncio.sleep(0.001)
+        with pytest.raises(StateError, match=r"vCPU 0 is in run\(\)"):
+            vm.close()
+        running.cancel()
+        await asyncio.wait([running])
+        vm.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_host_forgets_the_machines_that_are_closed(policy):
+    """A service makes one host, and machines for ever."""
+
+    async def main():
+        host = Host(1, policy=POLICIES[policy]())
+        stays = Vm(host, memory=1 << 20, vcpus=2)
+        numbers = []
+        for _ in range(3):
+            async with Vm(host, vcpus=2, memory=1 << 20) as vm:
+                vm.load(END)
+                assert (await vm.run()).status == 1
+                numbers += [vm.number, *(vcpu.thread.number for vcpu in vm.vcpus)]
+        assert numbers == [1, 2, 3, 2, 4, 5, 3, 6, 7]  # none is used twice
+        assert host.machines == [stays]
+        assert [thread.number for thread in host.threads] == [0, 1]
+        stays.load(END)
+        assert (await stays.run()).status == 1
+        stays.close()
+        assert host.machines == host.threads == []
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"vcpus": "2"}, "vCPUs, not '2'"),
+        ({"vcpus": 1.0}, r"vCPUs, not 1\.0"),
+        ({"memory": 64.0}, r"memory of 64\.0"),
+        ({"memory": "64Q"}, "bad size '64Q'"),
+        ({"nodes": 0}, "nodes, of NUMA: 0 is not a whole number from 1 to 1"),
+        ({"nodes": 2}, "nodes, of NUMA: 2"),
+        ({"halt_poll_ns": -1}, "halt_poll_ns: -1"),
+        ({"wall_slice_ns": 0}, "wall_slice_ns: 0"),
+        ({"console": "stdout"}, "console: 'stdout' cannot be called"),
+    ],
+)
+def test_wrong_options_are_named_at_once(options, words):
+    async def main():
+        with pytest.raises(ConfigError, match=words):
+            Vm(Host(1), **options)
+
+    run(main())
+
+
+def test_memory_as_people_write_it():
+    async def main():
+        async with Vm(Host(1), memory="2M") as vm:
+            assert vm.ram_size == 0x20_0000
+
+    run(main())
+
+
+def test_a_host_refuses_what_is_no_policy_and_what_is_anothers():
+    async def main():
+        with pytest.raises(ConfigError, match="'fair' is no Policy"):
+            Host(1, policy="fair")
+        policy = Fair()
+        Host(1, policy=policy)
+        with pytest.raises(ConfigError, match="fair policy serves another host"):
+            Host(1, policy=policy)
+
+    run(main())
+
+
+@pytest.mark.parametrize("options", [{"quantum_ns": 0}, {"code_rate": 0}, {"ipi_ns": -1}, {"exit_ns": 1.5}])
+def test_costs_are_whole_and_not_negative(options):
+    with pytest.raises(
+        ConfigError, match=f"{next(iter(options))}: {next(iter(options.values()))} is not a whole number"
+    ):
+        Costs(**options)

@@ -1,7 +1,9 @@
 """The same machines on the wall clock, on asyncio's loop and on uvloop: what happens, not how fast."""
 
 import asyncio
+import gc
 import importlib.util
+import os
 import re
 import threading
 import time
@@ -280,3 +282,47 @@ def test_a_callback_that_raises_does_not_stop_the_others(run):
 
     (error,) = run(main())
     assert isinstance(error, ZeroDivisionError)
+
+
+def test_hosts_that_are_gone_leave_no_descriptor(run):
+    """Each has a timer of the kernel's; the loop, which lives on, must not keep it."""
+
+    async def descriptors():
+        gc.collect()
+        await asyncio.sleep(0.01)  # a descriptor is closed in a turn of the loop
+        return len(os.listdir("/proc/self/fd"))
+
+    async def main():
+        before = await descriptors()
+        for _ in range(20):
+            async with Vm(Host(1), memory=1 << 20) as vm:
+                vm.load(NEVER_END)
+                vm.start()
+                await asyncio.sleep(0)
+        vm = None
+        assert await descriptors() <= before + 1
+
+    run(main())
+
+
+def test_who_changes_memory_again_and_again_never_waits_for_a_whole_slice(run):
+    """The second call comes when no slice runs that could be kicked; the next slice is then a short one."""
+    budgets = []
+
+    async def main():
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            call = vm._worker.call
+            vm._worker.call = lambda slice_, limit, kick: (
+                budgets.append(limit - vm.cells[0]) or call(slice_, limit, kick)
+            )
+            vm.load(NEVER_END)
+            vm.start()
+            await asyncio.sleep(0.01)
+            await vm.between_slices()
+            del budgets[:]
+            for _ in range(5):
+                await vm.between_slices()
+
+    run(main())
+    assert len(budgets) >= 4
+    assert max(budgets[:4]) <= 100_000
