@@ -373,13 +373,15 @@ def test_hosts_that_cannot_take_it():
 
 #: What a snapshot need not hold: made with the machine, derived from what is held, empty at rest, or the program's.
 MADE = {
-    "vcpu": "vm index vcpu_id apic context events pv steal ple port thread tsc requests stat history _runs_ahead _poll",
-    "derived": "eff_db _timer",
+    "vcpu": "vm index vcpu_id apic context events pv steal ple port thread tsc requests stat _history _runs_ahead",
+    "derived": "eff_db _timer _poll",
     "at rest": "mode blocking answering _polling mutex wq pid mmio",
     "program's": "kvm_run sigpending sigset sigset_active _immediate_exit _interrupted",
     "hooks": "on_sched_out on_slice lock_probe",
 }
-MADE_CONTEXT = "engine index port buffer address state _stored map_generation stepping watching accesses answers tsc"
+MADE_CONTEXT = (
+    "engine index port buffer address state _stored map_generation stepping watching accesses answers tsc delivered"
+)
 MADE_THREAD = "number group notifier alarm state resched"
 
 
