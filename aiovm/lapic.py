@@ -19,6 +19,7 @@ reads all ones).
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from aiovm.errors import ConfigError
@@ -180,17 +181,20 @@ class Lapic:
 
     def mmio_read(self, offset: int, size: int, now: int) -> int:
         """The register page: 1, 2 or 4 bytes inside one register; anything else reads 0, a disabled page all ones."""
-        if not self._hw or self._x2apic:
+        if self.page < 0:
             return (1 << (8 * size)) - 1
         shift = offset & 0xF
         if shift + size > 4:
             return 0
-        value = self._read(offset & 0xFF0, now)
-        return 0 if value is None else value >> (8 * shift) & ((1 << (8 * size)) - 1)
+        load = _LOADS.get(offset & 0xFF0)
+        if load is None:
+            return 0
+        value = load(self, now)
+        return value if size == 4 else value >> (8 * shift) & ((1 << (8 * size)) - 1)
 
     def mmio_write(self, offset: int, size: int, value: int, now: int) -> LapicEffect:
         """The register page: 4 bytes at a multiple of 16; anything else is ignored."""
-        if size != 4 or offset & 0xF or not self._hw or self._x2apic:
+        if size != 4 or self.page < 0:
             return NO_EFFECT
         store = _STORES.get(offset)
         return NO_EFFECT if store is None else store(self, value & 0xFFFF_FFFF, now)
@@ -478,40 +482,8 @@ class Lapic:
 
     def _read(self, offset: int, now: int) -> int | None:
         """The register at ``offset``, or None where none is readable."""
-        s = self._s
-        if Reg.ISR <= offset < Reg.ESR:
-            bits = s.isr if offset < Reg.TMR else s.tmr if offset < Reg.IRR else s.irr
-            return bits >> (2 * (offset & 0x70)) & 0xFFFF_FFFF
-        if Reg.LVTT <= offset <= Reg.LVT_ERROR:
-            return s.lvt[(offset - Reg.LVTT) >> 4]
-        match offset:
-            case Reg.ID:
-                return s.apic_id
-            case Reg.VERSION:
-                return 0x5_0014
-            case Reg.TPR:
-                return s.tpr
-            case Reg.PPR:
-                return self._ppr
-            case Reg.LDR:
-                return s.ldr
-            case Reg.DFR:
-                return s.dfr
-            case Reg.SPIV:
-                return s.spiv
-            case Reg.ESR | 0x090:  # ESR and the arbitration priority
-                return 0
-            case Reg.ICR:
-                return s.icr & 0xFFFF_FFFF
-            case Reg.ICR2:
-                return s.icr >> 32
-            case Reg.TMICT:
-                return s.timer.tmict
-            case Reg.TMCCT:
-                return self.timer.read_tmcct(now)
-            case Reg.TDCR:
-                return s.timer.tdcr
-        return None
+        load = _LOADS.get(offset)
+        return None if load is None else load(self, now)
 
     def _write_eoi(self, _value: int, _now: int) -> LapicEffect:
         return self.eoi()
@@ -592,10 +564,11 @@ class Lapic:
 
 def _map_store(name: str, writable: int, ones: int = 0) -> Callable[[Lapic, int, int], LapicEffect]:
     """To a register by which others find this APIC: what is writable of it, and its bits that read 1."""
+    old = attrgetter(name)
 
     def store(apic: Lapic, value: int, _now: int) -> LapicEffect:
         value = value & writable | ones
-        if getattr(apic._s, name) == value:
+        if old(apic._s) == value:
             return NO_EFFECT
         setattr(apic._s, name, value)
         return _MAP
@@ -607,6 +580,38 @@ def _lvt_store(which: Lvt) -> Callable[[Lapic, int, int], LapicEffect]:
     return lambda apic, value, now: apic._write_lvt(which, value, now)
 
 
+def _vector_load(name: str, at: int) -> Callable[[Lapic, int], int]:
+    """32 of the 256 bits of ISR, TMR or IRR, the ``at``-th."""
+    return lambda apic, _now: getattr(apic._s, name) >> 32 * at & 0xFFFF_FFFF
+
+
+def _lvt_load(at: int) -> Callable[[Lapic, int], int]:
+    return lambda apic, _now: apic._s.lvt[at]
+
+
+#: What a load gets, by register.
+_LOADS: Final[dict[int, Callable[[Lapic, int], int]]] = {
+    Reg.ID: lambda apic, _: apic._s.apic_id,
+    Reg.VERSION: lambda _apic, _now: 0x5_0014,
+    Reg.TPR: lambda apic, _: apic._s.tpr,
+    0x090: lambda _apic, _now: 0,  # the arbitration priority
+    Reg.PPR: lambda apic, _: apic._ppr,
+    Reg.LDR: lambda apic, _: apic._s.ldr,
+    Reg.DFR: lambda apic, _: apic._s.dfr,
+    Reg.SPIV: lambda apic, _: apic._s.spiv,
+    Reg.ESR: lambda _apic, _now: 0,
+    Reg.ICR: lambda apic, _: apic._s.icr & 0xFFFF_FFFF,
+    Reg.ICR2: lambda apic, _: apic._s.icr >> 32,
+    Reg.TMICT: lambda apic, _: apic._s.timer.tmict,
+    Reg.TMCCT: lambda apic, now: apic.timer.read_tmcct(now),
+    Reg.TDCR: lambda apic, _: apic._s.timer.tdcr,
+    **{Reg.LVTT + 0x10 * at: _lvt_load(at) for at in range(6)},
+    **{
+        base + 0x10 * at: _vector_load(name, at)
+        for base, name in ((Reg.ISR, "isr"), (Reg.TMR, "tmr"), (Reg.IRR, "irr"))
+        for at in range(8)
+    },
+}
 #: Who takes a store, by register.
 _STORES: Final[dict[int, Callable[[Lapic, int, int], LapicEffect]]] = {
     Reg.EOI: Lapic._write_eoi,

@@ -112,34 +112,36 @@ class VcpuPort:
             vm.unclaimed_out(self.vcpu, port, size, value)
 
     def on_mmio_read(self, gpa: int, size: int) -> int:
-        vm, vcpu = self.vm, self.vcpu
+        vcpu = self.vcpu
         vcpu.stat.mmio_exits += 1
-        offset = gpa - vcpu.apic.page
+        apic = vcpu.apic
+        offset = gpa - apic.page
         if 0 <= offset < PAGE:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=False)
             if vcpu.pv.eoi.pending:
                 vcpu.harvest_eoi()
-            return vcpu.apic.mmio_read(offset, size, self._now())
-        value = vm.mmio.read(gpa, size, self._now())
+            return apic.mmio_read(offset, size, self._now())
+        value = self.vm.mmio.read(gpa, size, self._now())
         if value is None:
             self._unknown(gpa, 0)
             return (1 << 8 * size) - 1
         return value
 
     def on_mmio_write(self, gpa: int, size: int, value: int) -> None:
-        vm, vcpu = self.vm, self.vcpu
+        vcpu = self.vcpu
         vcpu.stat.mmio_exits += 1
-        offset = gpa - vcpu.apic.page
+        apic = vcpu.apic
+        offset = gpa - apic.page
         if 0 <= offset < PAGE:
             if offset == _TASKPRI and vcpu.tpr_access_reporting:
                 vcpu.report_tpr_access(is_write=True)
             if vcpu.pv.eoi.pending:
                 vcpu.harvest_eoi()
-            effect = vcpu.apic.mmio_write(offset, size, value, self._now())
+            effect = apic.mmio_write(offset, size, value, self._now())
             if effect is not NO_EFFECT:
                 self.apply(effect)
-        elif not self._store(vm.mmio, gpa, size, value):
+        elif not self._store(self.vm.mmio, gpa, size, value):
             self._unknown(gpa, value)
 
     def _store(self, bus: Bus, address: int, size: int, value: int) -> bool:
