@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aiovm.errors import ConfigError
+from aiovm.results import store
 
 __all__ = ["check_writable", "write_file"]
 
@@ -18,8 +19,8 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Store ``data`` at ``path``."""
+    """Store ``data`` at ``path``, whole or not at all."""
     try:
-        path.write_bytes(data)
+        store(path, data)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error

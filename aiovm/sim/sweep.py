@@ -12,14 +12,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aiovm.errors import ConfigError
-from aiovm.results import to_json
+from aiovm.results import store, to_json
 from aiovm.sim.jobs import run_jobs
 from aiovm.sim.result import SimResult  # noqa: TC001  (msgspec reads the annotations)
 from aiovm.sim.scenario import HostSpec, Scenario, build, to_toml_tree
@@ -149,11 +148,7 @@ def _load(path: Path) -> SimResult | None:
 
 
 def _store(path: Path, point: Point, result: SimResult) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    data = to_json(_Stored(point.settings, point.seed, result))
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
+        store(path, to_json(_Stored(point.settings, point.seed, result)))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error

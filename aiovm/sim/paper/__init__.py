@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from aiovm.errors import ConfigError
-from aiovm.sim.jobs import Job, run_jobs
+from aiovm.sim.jobs import run_jobs
 from aiovm.sim.paper import hosts, locks, yields
 from aiovm.sim.paper.row import Row, Runs
-from aiovm.sim.sweep import changed, split_setting
+from aiovm.sim.sweep import Point, changed, run_sweep, split_setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from aiovm.sim.result import SimResult
 
@@ -72,33 +73,41 @@ def run_paper(
     *,
     seeds: int = 10,
     executor: str = "process",
+    out: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Outcome]:
     """Run ``rows``, each scenario with seeds 1 to ``seeds``; outcomes in the rows' order as they are complete.
 
+    ``out``: the directory in which each run is stored as it comes, as a sweep's; what it holds is not run again.
     ``progress`` is called with (runs done, runs in all).
     """
     if not 1 <= seeds <= 1000:
         raise ConfigError(f"1 to 1000 seeds, not {seeds}")
-    total = sum(len(row.scenarios) for row in rows) * seeds
-    jobs: list[Job] = [
-        (scenario, seed) for row in rows for scenario in row.scenarios.values() for seed in range(1, seeds + 1)
-    ]
-    results: list[SimResult | None] = [None] * len(jobs)
-    start = 0
+    todo: list[Point] = []
+    wanted: list[dict[str, list[str]]] = []
+    for row in rows:
+        wanted.append({})
+        for label, scenario in row.scenarios.items():
+            points = [Point({}, seed, scenario) for seed in range(1, seeds + 1)]
+            wanted[-1][label] = [point.name for point in points]
+            todo += points
+    runs = _unstored(todo, executor) if out is None else run_sweep(todo, out, executor=executor)
+    results: dict[str, SimResult] = {}
     at = 0
-    for done, (place, result) in enumerate(run_jobs(jobs, executor=executor), 1):
-        results[place] = result
+    for done, (point, result) in enumerate(runs, 1):
+        results[point.name] = result
         if progress is not None:
-            progress(done, total)
+            progress(done, len(todo))
         while at < len(rows):
-            end = start + len(rows[at].scenarios) * seeds
-            own = results[start:end]
-            if None in own:
+            if any(name not in results for names in wanted[at].values() for name in names):
                 break
-            found = [r for r in own if r is not None]
-            yield judge(rows[at], {k: found[n * seeds : (n + 1) * seeds] for n, k in enumerate(rows[at].scenarios)})
-            start, at = end, at + 1
+            yield judge(rows[at], {label: [results[name] for name in names] for label, names in wanted[at].items()})
+            at += 1
+
+
+def _unstored(todo: Sequence[Point], executor: str) -> Iterator[tuple[Point, SimResult]]:
+    for place, result in run_jobs([(p.scenario, p.seed) for p in todo], executor=executor):
+        yield todo[place], result
 
 
 def judge(row: Row, runs: Runs) -> Outcome:

@@ -1,5 +1,6 @@
 """Executors and interruption: the same results wherever they are computed, and nothing that was stored is lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -66,3 +67,24 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     subprocess.run([*command, "--seeds", "2"], check=True, capture_output=True, timeout=60)
     assert {path.name for path in out.glob("*.json")} == names | wanted
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_an_interrupted_table_keeps_its_rows_and_runs(tmp_path):
+    rows, out = tmp_path / "rows.json", tmp_path / "out"
+    command = [sys.executable, "-m", "aiovm", "paper", "--rows", "12,3", "--json", str(rows)]
+    command += ["--out", str(out), "--seeds", "3"]
+    paper = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    while paper.poll() is None and not rows.exists():
+        time.sleep(0.01)
+    os.killpg(paper.pid, signal.SIGINT)
+    _, errors = paper.communicate(timeout=60)
+    assert b"aiovm: interrupted" in errors
+    assert [row["row"] for row in json.loads(rows.read_bytes())["rows"]] == ["12"]
+    assert len(stored(out)) >= 18  # six scenarios, three seeds
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    command = [sys.executable, "-m", "aiovm", "paper", "--rows", "3", "--json", str(tmp_path / "none" / "rows.json")]
+    done = subprocess.run(command, capture_output=True, timeout=20)
+    assert done.returncode != 0
+    assert b"No such directory" in done.stderr

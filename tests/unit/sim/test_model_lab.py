@@ -219,6 +219,26 @@ def test_a_row_is_judged_on_all_its_seeds():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_a_table_that_was_interrupted_goes_on_where_it_was(tmp_path):
+    def row(name, pcpus):
+        only = {"only": scenario(duration=1, warmup=0, pcpus=pcpus)}
+        judge = lambda runs: Verdict([r.throughput for r in runs["only"]], {}, "")  # noqa: E731
+        return Row(name, "title", "expected", "gate", "figure", "source", only, judge)
+
+    rows = [row("X", 1), row("Y", 2)]
+    stored = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}  # noqa: E731
+    first = run_paper(rows, seeds=1, out=tmp_path, executor="process")
+    outcome = next(first)
+    first.close()
+    before = stored()
+    assert before
+    whole = list(run_paper(rows, seeds=1, out=tmp_path))
+    assert whole[0] == outcome
+    assert whole == list(run_paper(rows, seeds=1))
+    assert len(stored()) == 2
+    assert before.items() <= stored().items()
+
+
 def test_an_assumption_can_be_varied():
     (row,) = vary(select("3"), ["vm.workload.line=0ns", "pcpus=16"])
     assert {(s.vm[0].workload.line, s.host.pcpus) for s in row.scenarios.values()} == {(0, 16)}
