@@ -20,14 +20,10 @@ import struct
 from array import array
 from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
 
-import structlog
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["FIELDS", "HashSink", "JsonLinesSink", "Kind", "ListSink", "Record", "Sink", "Tracer", "unpack"]
-
-_log = structlog.get_logger("aiovm.trace")
 
 
 class Kind(enum.IntEnum):
@@ -185,7 +181,9 @@ class Tracer:
         self.on = False
 
     def _drop(self, sink: Sink, error: Exception) -> None:
-        _log.warning("trace sink dropped", sink=type(sink).__name__, error=repr(error))
+        import structlog  # the program's longest import, for what hardly happens
+
+        structlog.get_logger("aiovm.trace").warning("trace sink dropped", sink=type(sink).__name__, error=repr(error))
         if sink in self._sinks:
             self._sinks.remove(sink)
         self.on = bool(self._sinks)

@@ -168,7 +168,8 @@ class Vm(VmIoctls, VmRest):
         self._sink = console
         self.panic = PanicWatch()
         self.console = Console(
-            soon=lambda ns, callback: self.call_at(self.clock.now() + ns, callback), send=self.feed_console
+            soon=lambda ns, callback: self.clock.call_at(self.clock.now() + ns, callback),  # a look stops no slice
+            send=self.feed_console,
         )
         self.typed = bytearray()
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))

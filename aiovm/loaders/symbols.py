@@ -11,9 +11,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
-
 from aiovm.errors import ConfigError
 
 __all__ = ["Symbol", "Symbols"]
@@ -69,6 +66,10 @@ class Symbols(Mapping[str, Symbol]):
         return self._by_name
 
     def _read(self) -> dict[str, Symbol]:
+        # Few runs ask for a symbol, and the package takes as long to import as a small guest to run.
+        from elftools.elf.elffile import ELFFile
+        from elftools.elf.sections import SymbolTableSection
+
         table = ELFFile(io.BytesIO(self._image)).get_section_by_name(".symtab")
         found: dict[str, Symbol] = {}
         for entry in table.iter_symbols() if isinstance(table, SymbolTableSection) else ():

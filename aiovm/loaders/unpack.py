@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bz2
 import importlib
+import io
 import lzma
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -44,16 +45,16 @@ def _xz(_: Any, data: memoryview, size: int) -> bytes:
 
 def _lz4(block: Any, data: memoryview, size: int) -> bytes:
     """The legacy format: a magic number, then blocks with their lengths; the size says where they end."""
-    parts, done, at = [], 0, 4
-    while done < size:
+    unpacked = io.BytesIO()
+    at = 4
+    while unpacked.tell() < size:
         length = int.from_bytes(data[at : at + 4], "little")
         part = block.decompress(data[at + 4 : at + 4 + length], uncompressed_size=_LZ4_BLOCK)
         if not part:
             break
-        parts.append(part)
-        done += len(part)
+        unpacked.write(part)
         at += 4 + length
-    return b"".join(parts)
+    return unpacked.getvalue()
 
 
 def _zstd(zstandard: Any, data: memoryview, size: int) -> bytes:

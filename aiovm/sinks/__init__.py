@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import structlog
-
 from aiovm.errors import ConfigError
 from aiovm.sinks.chrome import ChromeJsonSink
 from aiovm.trace import JsonLinesSink
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["ChromeJsonSink", "check_suffix", "open_sink", "open_sinks"]
 
 _SUFFIXES = (".pftrace", ".json", ".jsonl")
-
-_log = structlog.get_logger("aiovm.trace")
 
 
 def check_suffix(path: str | Path) -> str:
@@ -64,6 +60,10 @@ def _open_perfetto(path: str | Path) -> Sink:
     try:
         from aiovm.sinks.perfetto import PerfettoSink
     except ImportError:
-        _log.warning("no perfetto package (aiovm[trace]): writing trace_event JSON instead", path=str(path))
+        import structlog
+
+        structlog.get_logger("aiovm.trace").warning(
+            "no perfetto package (aiovm[trace]): writing trace_event JSON instead", path=str(path)
+        )
         return ChromeJsonSink(path)
     return PerfettoSink(path)

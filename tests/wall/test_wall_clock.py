@@ -268,6 +268,19 @@ def test_typed_input_reaches_a_guest_that_never_waits(run):
     assert said == b"q"
 
 
+def test_waiting_for_words_stops_no_slice(run):
+    async def main():
+        async with Vm(Host(1), memory=1 << 20, wall_slice_ns=10**12) as vm:
+            vm.load(SAY_X, kind="flat")
+            vm.start()
+            await vm.expect("x", timeout=10)
+            assert vm.vcpus[0].stat.exits == 0
+            vm.stop()
+            await vm.finished()
+
+    run(main())
+
+
 def test_a_callback_that_raises_does_not_stop_the_others(run):
     async def main():
         loop = asyncio.get_running_loop()
