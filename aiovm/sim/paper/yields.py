@@ -117,19 +117,19 @@ _FAULTS = {
     # One machine, so that spinner and candidate queue for the same CPU. Who wakes for the address space's lock has a
     # sleeper's credit, spins for a TLB flush, yields, and is picked again.
     "scheduler mismatch": (
-        scenario(1, Ebizzy(), vcpus=24, features=replace(_2020, boost_interrupted=True), warmup_ms=50, duration_ms=50),
+        scenario(1, Ebizzy(), vcpus=24, features=replace(_2020, boost_interrupted=True), warmup_ms=50, duration_ms=250),
         {"deboost": 1},
         {},
     ),
     # The flush's targets were preempted in user code, where 5.6 looks for nobody.
     "lost opportunity": (
-        scenario(4, Ebizzy(mutex=False, sections=0), features=_2020, warmup_ms=50, duration_ms=50),
+        scenario(4, Ebizzy(mutex=False, sections=0), features=_2020, warmup_ms=50, duration_ms=250),
         {},
         {"ipi_aware": True},
     ),
     # Who was woken for somebody else's interrupt is boosted all the same.
     "overboost": (
-        scenario(4, Ebizzy(), features=replace(_2020, boost_interrupted=True), warmup_ms=50, duration_ms=50),
+        scenario(4, Ebizzy(), features=replace(_2020, boost_interrupted=True), warmup_ms=50, duration_ms=250),
         {},
         {"ipi_aware": True},
     ),
@@ -193,7 +193,9 @@ ROWS = (
         "gain with 2 machines, %",
         "Linux commit d73eb57b80b9",
         {
-            f"{kind} {n}": scenario(n, _EBIZZY_ASLEEP, features=features, warmup_ms=30, duration_ms=60)
+            f"{kind} {n}": scenario(
+                n, _EBIZZY_ASLEEP, vcpus=16, pcpus=16, features=features, warmup_ms=30, duration_ms=60
+            )
             for kind, features in (("before", _2019), ("boost", _BOOSTED))
             for n in (1, 2, 3)
         },
