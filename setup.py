@@ -6,9 +6,9 @@ setup(
     ext_modules=[
         Extension(
             "aiovm.engine.unicorn._budget",
-            ["aiovm/engine/unicorn/_budget.c", "aiovm/engine/unicorn/_delivery.c"],
+            [f"aiovm/engine/unicorn/_{name}.c" for name in ("budget", "delivery", "exits", "port", "tlb")],
             depends=["aiovm/engine/unicorn/_budget.h"],
-            extra_compile_args=["-O3"],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
             py_limited_api=True,
             optional=True,  # without a compiler the Python twin does the same work, slower
         )

@@ -112,6 +112,49 @@ static inline segment_register *segment(const budget *b, int which)
 /* An event's kind (EventKind), by the bits that matter here. */
 enum { FAULT_KIND = 3, SOFTWARE = 4 };
 
+/* Whether the slice's time is over, or somebody ended it. */
+static inline bool over(const budget *b)
+{
+    return b->cells[0] >= b->cells[1];
+}
+
+/* ---- _exits.c: what the core reports ---- */
+
+void on_interrupt(void *uc, uint32_t number, void *data);
+
+/* The first bytes of the instruction at RIP, as many of four as lie in its page. */
+void fetch_code(budget *b, void *uc);
+
+/* The end of an exit: a slice that is over stops here. */
+void settle(budget *b, void *uc);
+
+/* The instruction was answered here: step over it. */
+void done(budget *b, void *uc, uint64_t length);
+
+/* ---- _port.c: what Python answers ---- */
+
+/* Once, before all else; false: Python has raised. */
+bool name_questions(void);
+
+/* Hand an exit to Python. */
+void interrupt(budget *b, uint32_t number);
+
+/* CPUID, RDMSR, WRMSR, VMCALL and VMMCALL without prefixes, not single-stepped; whether that was it. */
+bool carry(budget *b, void *uc, uint32_t number);
+
+/* Addresses where no memory is. */
+typedef struct {
+    budget *budget;
+    uint64_t base;
+} device_range;
+
+uint32_t on_in(void *uc, uint32_t port, int size, void *data);
+void on_out(void *uc, uint32_t port, int size, uint32_t value, void *data);
+uint64_t on_mmio_read(void *uc, uint64_t offset, unsigned size, void *data);
+void on_mmio_write(void *uc, uint64_t offset, unsigned size, uint64_t value, void *data);
+
+/* ---- _delivery.c: into a handler, and back ---- */
+
 /* The core computes arithmetic flags when somebody asks: have them at hand. */
 void settle_flags(budget *b);
 
@@ -120,5 +163,27 @@ bool deliver(budget *b, uint32_t vector, uint32_t kind, int64_t error, uint64_t 
 
 /* Deliver an exception that nobody wants to hear of; whether that was it. */
 bool deliver_unheard(budget *b, uint32_t vector);
+
+/* Let the core execute the IRET that it has intercepted; false: Python must do it. */
+bool let_return(budget *b, void *uc);
+
+/* IRET is intercepted again. */
+void intercept_returns(budget *b);
+
+/* ---- _tlb.c: which addresses the core knows, and how ---- */
+
+typedef struct {
+    uint64_t pc;
+    uint16_t icount, size;
+} block;
+
+/* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
+extern _Thread_local budget *running;
+extern tlb_filler *core_fill;
+extern uintptr_t tlb_offset; /* of the TLB in the core's CPUState */
+
+void on_translate(void *uc, block *now, block *before, void *data);
+bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from);
+void on_new_code(void *cpu, uint64_t start, uint64_t length);
 
 #endif

@@ -1,8 +1,9 @@
-/* Event delivery in long mode, where all is as it mostly is: a 64-bit kernel's page faults, ticks and IPIs.
+/* Into a handler and back in long mode, where all is as it mostly is: a 64-bit kernel's page faults, ticks and IPIs.
  *
- * A straight path says yes or leaves everything as it was; "no" says only that Python (aiovm/delivery.py), which knows
- * every mode and every fault, must decide. What is done here is what would be done there, to the last bit: tests compare.
- * Nothing is remembered: tables are walked each time, in a few loads, so nobody has to tell of stores to them. */
+ * A straight path says yes or leaves everything as it was; "no" says only that Python (aiovm/delivery.py and
+ * aiovm/interrupt_return.py), which knows every mode and every fault, must decide. What is done here is what would be done
+ * there, to the last bit: tests compare. Nothing is remembered: tables are walked each time, in a few loads, so nobody has
+ * to tell of stores to them. */
 #include "_budget.h"
 #include <string.h>
 
@@ -184,5 +185,57 @@ bool deliver_unheard(budget *b, uint32_t vector)
         b->cr3[-1] = *b->fault_address; /* CR2 */
     b->cells[0] += b->inject_cost;
     b->vectors[b->delivered++ & 7] = (uint8_t)vector;
+    return true;
+}
+
+void intercept_returns(budget *b)
+{
+    if (b->resume == &b->returning) {
+        b->resume = b->resume_after;
+        *b->intercepts |= (uint64_t)1 << (IRET - INTERCEPTS);
+    }
+}
+
+/* Whether a return to that level takes the segment's selector, with which the core would take the base. */
+static bool loses(const budget *b, int which, uint64_t level)
+{
+    const segment_register *s = segment(b, which);
+    return (s->selector & 0xfffc) && (s->flags >> 13 & 3) < level && (s->flags & 0xc00) != 0xc00;
+}
+
+/* Whether a selector names a present segment of the GDT. */
+static bool present(const budget *b, uint64_t selector)
+{
+    uint64_t descriptor;
+    return (selector & 0xfffc) && !(selector & 4) &&
+           load(b, segment(b, GDT)->base + (selector & 0xfff8), &descriptor, 8) && descriptor >> 47 & 1;
+}
+
+/* IRET is intercepted for the sake of FS and GS, whose bases the core would lose. One of 64-bit code that loses nothing,
+ * and in which the core is right to the last fault, is let through: it is executed when the hook is left, in a block that
+ * is not charged again. */
+bool let_return(budget *b, void *uc)
+{
+    uint64_t frame[5], cs, ss; /* RIP, CS, RFLAGS, RSP, SS */
+    if (!(*b->hflags & CS64) || (*b->hflags & CPL) == 3 || *b->eflags & (TF | NT) || *b->exit_pending || b->counted || over(b))
+        return false;
+    if (*b->windows && (*b->eflags & IF || *b->windows != INTERRUPT)) /* else it opens behind the IRET at the earliest */
+        return false;
+    fetch_code(b, uc);
+    if ((b->code & 0xffff) != 0xcf48 || !load(b, b->regs[4], frame, sizeof frame))
+        return false;
+    cs = frame[1] & 0xffff;
+    ss = frame[4] & 0xffff;
+    if (!is_canonical(frame[0]))
+        return false;
+    if (ss != segment(b, SS)->selector && !present(b, ss))
+        return false;
+    if ((cs & 3) > (*b->hflags & CPL) && (loses(b, FS, cs & 3) || loses(b, GS, cs & 3)))
+        return false;
+    *b->intercepts &= ~((uint64_t)1 << (IRET - INTERCEPTS));
+    b->resume_after = b->resume;
+    b->resume = &b->returning;
+    b->returning = RF;
+    b->returned = 0;
     return true;
 }
