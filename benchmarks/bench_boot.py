@@ -19,6 +19,7 @@ from aiovm import Vm, run, run_wall
 from aiovm.engine.unicorn.engine import UnicornEngine
 from aiovm.engine.unicorn.intercepts import Intercepts
 from aiovm.engine.unicorn.layout import Intercept
+from aiovm.engine.unicorn.syscall import SystemCalls
 from aiovm.port import VcpuPort
 from benchmarks.common import QEMU, interleaved, show
 
@@ -115,7 +116,7 @@ def counted(vcpus: int) -> tuple[Counter[str], Counter[str], Vm, float]:
     watch(VcpuPort, "on_wrmsr", lambda *_: "WRMSR")
     watch(VcpuPort, "on_in", lambda *args: f"IN {args[1]:#x}")
     watch(VcpuPort, "on_out", lambda *args: f"OUT {args[1]:#x}")
-    watch(UnicornEngine, "_on_syscall", lambda *_: "SYSCALL")
+    watch(SystemCalls, "on_syscall", lambda *_: "SYSCALL")
     watch(VcpuPort, "on_mmio_read", lambda *_: "MMIO load")
     watch(VcpuPort, "on_mmio_write", lambda *_: "MMIO store")
     watch(VcpuPort, "on_hypercall", lambda *_: "hypercall")

@@ -12,7 +12,7 @@ import pytest
 
 from aiovm import guests
 from aiovm.clock import WallClock
-from aiovm.engine.unicorn.engine import UnicornContext
+from aiovm.engine.unicorn.context import UnicornContext
 from aiovm.errors import TripleFault
 from aiovm.loaders import apply
 from aiovm.loop import Host, run_wall

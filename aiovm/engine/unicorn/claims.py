@@ -32,7 +32,8 @@ from aiovm.memory import PAGE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiovm.engine.unicorn.engine import UnicornContext, UnicornEngine
+    from aiovm.engine.unicorn.context import UnicornContext
+    from aiovm.engine.unicorn.engine import UnicornEngine
 
 __all__ = ["READ_REFUSED", "Claims"]
 
@@ -78,12 +79,12 @@ class Claims:
         engine = self._engine
         hook = ctypes.c_size_t()
         kind = lib.const.UC_HOOK_MEM_READ_PROT
-        lib.check(lib.hook_add(engine.handle, kind, lib.address_of(self._hook), 0, out=hook), "hook loads")
+        lib.check(lib.hook_add(engine.core.handle, kind, lib.address_of(self._hook), 0, out=hook), "hook loads")
         self._probed.clear()
         try:
             self._run(context)
         finally:
-            lib.uc_hook_del(engine.handle, hook)
+            lib.uc_hook_del(engine.core.handle, hook)
         if not self._probed:
             return None
         gpa, size = self._probed[0]
@@ -118,7 +119,7 @@ class Claims:
             if self._crossed:
                 self._crossed.add(missing[0] // PAGE)
             state.q.cast("B")[:] = before
-            engine.sync_out()
+            engine.core.sync_out()
         return missing
 
     def _lacking(self) -> tuple[int, int] | None:
@@ -127,16 +128,16 @@ class Claims:
     def _open(self, rights: int) -> None:
         """What the core may do to the claimed pages; a device page is looked at for each access, so at once."""
         for low, high in self.ranges:
-            lib.check(lib.uc_mem_protect(self._engine.handle, low, high - low, rights), "open a claimed range")
+            lib.check(lib.uc_mem_protect(self._engine.core.handle, low, high - low, rights), "open a claimed range")
 
     def _run(self, context: UnicornContext) -> None:
         engine = self._engine
         cells = engine.cells
         limit, cells[1] = cells[1], _UNBOUNDED
-        engine.close_windows()
-        engine.sync_out()
+        engine.core.close_windows()
+        engine.core.sync_out()
         engine.enter(context)
-        engine.sync_in()
+        engine.core.sync_in()
         cells[1] = min(limit, cells[1])
         engine.apply_windows(context)
 

@@ -17,7 +17,7 @@ from aiovm.errors import ConfigError
 from aiovm.kvm_structs import KvmFpu
 
 if TYPE_CHECKING:
-    from aiovm.engine.unicorn.engine import UnicornContext
+    from aiovm.engine.unicorn.context import UnicornContext
 
 __all__ = ["read_fpu", "write_fpu"]
 
@@ -62,7 +62,7 @@ def write_fpu(context: UnicornContext, fpu: KvmFpu) -> None:
     _POINTERS.pack_into(data, _POINTERS_AT, fpu.last_opcode, fpu.last_ip, fpu.last_dp)
     for index, value in enumerate(fpu.xmm):
         data[_XMM + _XMM_STRIDE * index : _XMM + _XMM_STRIDE * index + 16] = value
-    engine.sync_out()
-    engine.write_register(lib.x86.UC_X86_REG_FPCW, fpu.fcw)
-    engine.write_register(lib.x86.UC_X86_REG_MXCSR, fpu.mxcsr)
-    engine.sync_in()
+    engine.core.sync_out()
+    engine.core.write_register(lib.x86.UC_X86_REG_FPCW, fpu.fcw)
+    engine.core.write_register(lib.x86.UC_X86_REG_MXCSR, fpu.mxcsr)
+    engine.core.sync_in()

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiovm.costs import Costs
-    from aiovm.engine.unicorn.engine import UnicornContext, UnicornEngine
+    from aiovm.engine.unicorn.context import UnicornContext
+    from aiovm.engine.unicorn.engine import UnicornEngine
     from aiovm.engine.unicorn.state import EnvState
 
 __all__ = ["Intercepts", "interrupt_costs"]
@@ -95,8 +96,8 @@ class Intercepts:
     def code_bytes(self, linear: int, length: int) -> bytes:
         """The instruction bytes at a linear address, as many of ``length`` as are mapped executable."""
         near = min(length, PAGE - linear % PAGE)
-        code = self._engine.fetch(linear, near)
-        return code + self._engine.fetch(linear + near, length - near) if code and near < length else code
+        code = self._engine.core.fetch(linear, near)
+        return code + self._engine.core.fetch(linear + near, length - near) if code and near < length else code
 
     def decode(self, context: UnicornContext, linear: int | None = None) -> Instruction | None:
         """The instruction at RIP or ``linear``; None when its bytes cannot be read any more."""
@@ -215,7 +216,7 @@ class Intercepts:
             insn = self.decode(context)
             if insn is not None and leaves_the_stack(state, insn):  # the core calls it #GP
                 vector = 12
-        context.port.on_exception(vector, error, engine.fault_address if vector == 14 else 0)
+        context.port.on_exception(vector, error, engine.core.fault_address if vector == 14 else 0)
 
     def _undefined(self, context: UnicornContext, number: int) -> None:
         """#UD, unless the instruction is one that the core does not know."""
@@ -391,9 +392,9 @@ class Intercepts:
         if engine.pointers:
             self.table[number](context, number)
         else:
-            engine.sync_in()
+            engine.core.sync_in()
             self.table[number](context, number)
-            engine.sync_out()
+            engine.core.sync_out()
         if context.state.paging_changed:
             engine.flush_tlb(context)
         if context.stepping is not engine.stepping:

@@ -17,8 +17,9 @@ from aiovm.engine.base import Reg, Seg
 from aiovm.engine.unicorn.layout import Env, Hf
 
 if TYPE_CHECKING:
+    from aiovm.engine.unicorn.context import UnicornContext
     from aiovm.engine.unicorn.decode import Instruction
-    from aiovm.engine.unicorn.engine import UnicornContext, UnicornEngine
+    from aiovm.engine.unicorn.engine import UnicornEngine
     from aiovm.engine.unicorn.state import EnvState
 
 __all__ = ["PortIo"]
@@ -57,7 +58,7 @@ class PortIo:
         """The core's IN hook; also for each element of INS."""
         engine = self._engine
         try:
-            engine.sync_in()
+            engine.core.sync_in()
             engine.cells[0] += engine.costs.exit_ns
             return self.port_in(port, size)
         except BaseException as error:
@@ -68,7 +69,7 @@ class PortIo:
         """The core's OUT hook; also for each element of OUTS."""
         engine = self._engine
         try:
-            engine.sync_in()
+            engine.core.sync_in()
             engine.cells[0] += engine.costs.exit_ns
             self.port_out(port, size, value & (1 << 8 * size) - 1)
         except BaseException as error:
@@ -119,7 +120,7 @@ class PortIo:
         state.set_dr(0, port)
         state.set_dr(7, 0x2_0402)  # G0, R/W0 = I/O, one byte
         if not self._engine.pointers:
-            self._engine.sync_out()
+            self._engine.core.sync_out()
 
     def finish(self, context: UnicornContext) -> bool:
         """#DB arrived: whether it was the breakpoint of :meth:`_arm`; then the instruction's end is put right."""

@@ -1,7 +1,8 @@
 """SYSCALL and SYSENTER: transitions that the core leaves to its user (SDM vol. 2B; the CPU model is Intel's).
 
-Unicorn's core only steps over the two instructions. Each function makes the transition on the registers and returns
-None, or returns the vector of the fault that the instruction raises instead. SYSRET and SYSEXIT are the core's own.
+Unicorn's core only steps over the two instructions, prefixes included, when its hooks return. :func:`syscall` and
+:func:`sysenter` make the transition on the registers and return None, or return the vector of the fault that the
+instruction raises instead. SYSRET and SYSEXIT are the core's own.
 
 Not modelled: the shadow stack, and user-interrupt state.
 """
@@ -14,9 +15,12 @@ from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.engine.unicorn.layout import MSRS, Env
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiovm.engine.unicorn.engine import UnicornEngine
     from aiovm.engine.unicorn.state import EnvState
 
-__all__ = ["syscall", "sysenter"]
+__all__ = ["SystemCalls", "syscall", "sysenter"]
 
 _INVALID_OPCODE: Final = 6
 _GENERAL_PROTECTION: Final = 13
@@ -24,6 +28,42 @@ _LIMIT: Final = 0xFFFF_FFFF
 _CODE64, _CODE32, _DATA = 0xAF_9B00, 0xCF_9B00, 0xCF_9300
 _SCE, _LMA = 1 << 0, 1 << 10
 _IF, _RF, _VM = 1 << 9, 1 << 16, 1 << 17
+_SYSCALL: Final = b"\x0f\x05"
+_SYSENTER: Final = b"\x0f\x34"
+_M64: Final = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class SystemCalls:
+    """The hooks of one engine."""
+
+    def __init__(self, engine: UnicornEngine) -> None:
+        self._engine = engine
+
+    def on_syscall(self, _uc: int, _user: int) -> None:
+        """The core's SYSCALL hook."""
+        self._transition(_SYSCALL, syscall)
+
+    def on_sysenter(self, _uc: int, _user: int) -> None:
+        """The core's SYSENTER hook."""
+        self._transition(_SYSENTER, lambda state, _next: sysenter(state))
+
+    def _transition(self, plain: bytes, enter: Callable[[EnvState, int], int | None]) -> None:
+        engine = self._engine
+        try:
+            context = engine.current
+            assert context is not None
+            engine.core.sync_in()
+            length = 2
+            if engine.core.fetch(context.linear_rip, 2) != plain:
+                insn = engine.intercepts.decode(context)
+                length = 2 if insn is None else insn.length
+            vector = enter(context.state, context.state.rip + length & _M64)
+            if vector is not None:
+                context.port.on_exception(vector, 0 if vector == _GENERAL_PROTECTION else None, 0)
+            context.state.rip -= length
+            engine.core.sync_out()
+        except BaseException as error:
+            engine.fail(error)
 
 
 def syscall(state: EnvState, return_rip: int) -> int | None:

@@ -21,8 +21,8 @@ from aiovm.mmu import IoNeeded, write_virt
 from aiovm.page_walk import PageFault, PagingRegs
 
 if TYPE_CHECKING:
+    from aiovm.engine.unicorn.context import UnicornContext
     from aiovm.engine.unicorn.decode import Instruction
-    from aiovm.engine.unicorn.engine import UnicornContext
     from aiovm.engine.unicorn.state import EnvState
     from aiovm.memory import GuestMemory
 
