@@ -32,6 +32,7 @@ from aiovm.page_walk import PagingRegs, is_canonical
 from aiovm.segmentation import (
     Fault,
     load_descriptor,
+    load_stack,
     mark_accessed,
     push_frame,
     read_system,
@@ -282,18 +283,8 @@ def _inner_stack(
     esp, selector = pointer & (1 << 8 * width) - 1, pointer >> 8 * width
     if not selector & 0xFFFC:
         return Fault(10, ext)
-    descriptor = load_descriptor(cpu, memory, regs, selector, 10, ext)
-    if isinstance(descriptor, Fault):
-        return descriptor
-    writable = descriptor & 0x1A00 << 32 == 0x1200 << 32
-    if selector & 3 != dpl or descriptor >> 45 & 3 != dpl or not writable:
-        return Fault(10, selector & 0xFFFC | ext)
-    if not descriptor & 1 << 47:
-        return Fault(12, selector & 0xFFFC | ext)
-    descriptor = mark_accessed(cpu, memory, regs, selector, descriptor)
-    if isinstance(descriptor, Fault):
-        return descriptor
-    return segment_of(selector, descriptor), esp
+    ss = load_stack(cpu, memory, regs, selector, dpl, 10, ext)
+    return ss if isinstance(ss, Fault) else (ss, esp)
 
 
 # ---- long mode ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from aiovm.engine.base import Reg, Seg, Segment
 from aiovm.mmu import read_virt
 from aiovm.page_walk import PageFault, PagingRegs, is_canonical
-from aiovm.segmentation import Fault, load_descriptor, mark_accessed, page_fault, segment_of
+from aiovm.segmentation import Fault, load_code, load_stack, page_fault
 
 if TYPE_CHECKING:
     from aiovm.engine.base import CpuState
@@ -52,7 +52,9 @@ def interrupt_return(cpu: CpuState, memory: GuestMemory, width: int) -> Fault | 
     rip, cs_selector, flags = popped
     cs_selector &= 0xFFFF
     rpl = cs_selector & 3
-    cs = _code(cpu, memory, regs, cs_selector)
+    if not cs_selector & 0xFFFC or rpl < cpl:
+        return Fault(13, cs_selector & 0xFFFC)
+    cs = load_code(cpu, memory, regs, cs_selector, 13, 0)
     if isinstance(cs, Fault):
         return cs
     rest: tuple[int, ...] = ()
@@ -118,40 +120,10 @@ def _pop(
     return tuple(values)
 
 
-def _code(cpu: CpuState, memory: GuestMemory, regs: PagingRegs, selector: int) -> Segment | Fault:
-    name = selector & 0xFFFC
-    if not name or selector & 3 < regs.cpl:
-        return Fault(13, name)
-    descriptor = load_descriptor(cpu, memory, regs, selector, 13, 0)
-    if isinstance(descriptor, Fault):
-        return descriptor
-    flags, rpl = descriptor >> 32, selector & 3
-    dpl = flags >> 13 & 3
-    fits = dpl <= rpl if flags & 0x400 else dpl == rpl
-    if flags & 0x1800 != 0x1800 or not fits or flags & 0x60_0000 == 0x60_0000:  # not code; L with D
-        return Fault(13, name)
-    if not flags & 0x8000:
-        return Fault(11, name)
-    marked = mark_accessed(cpu, memory, regs, selector, descriptor)
-    return marked if isinstance(marked, Fault) else segment_of(selector, marked)
-
-
 def _stack(
     cpu: CpuState, memory: GuestMemory, regs: PagingRegs, selector: int, cpl: int, *, long: bool
 ) -> Segment | Fault:
-    name = selector & 0xFFFC
-    if not name:
-        # The core lets MOV load a null SS of any RPL, so that one may stand in a frame; the manual wants the new CPL.
-        return Segment(selector, 0, 0, cpl << 13) if long and cpl < 3 else Fault(13, 0)
-    if selector & 3 != cpl:
-        return Fault(13, name)
-    descriptor = load_descriptor(cpu, memory, regs, selector, 13, 0)
-    if isinstance(descriptor, Fault):
-        return descriptor
-    flags = descriptor >> 32
-    if flags & 0x1A00 != 0x1200 or flags >> 13 & 3 != cpl:
-        return Fault(13, name)
-    if not flags & 0x8000:
-        return Fault(12, name)
-    marked = mark_accessed(cpu, memory, regs, selector, descriptor)
-    return marked if isinstance(marked, Fault) else segment_of(selector, marked)
+    if selector & 0xFFFC:
+        return load_stack(cpu, memory, regs, selector, cpl, 13, 0)
+    # The core lets MOV load a null SS of any RPL, so that one may stand in a frame; the manual wants the new CPL.
+    return Segment(selector, 0, 0, cpl << 13) if long and cpl < 3 else Fault(13, 0)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Fault",
     "in_limit",
+    "load_code",
     "load_descriptor",
+    "load_stack",
     "mark_accessed",
     "page_fault",
     "push_frame",
@@ -36,6 +38,7 @@ __all__ = [
 _LDTR: Final = Seg.LDTR
 _IMPLICIT: Final = int(Access.IMPLICIT)
 _IMPLICIT_WRITE: Final = Access.IMPLICIT | Access.WRITE
+_LMA: Final = 1 << 10
 _M32: Final = 0xFFFF_FFFF
 _M64: Final = 0xFFFF_FFFF_FFFF_FFFF
 
@@ -105,6 +108,44 @@ def mark_accessed(cpu: CpuState, memory: GuestMemory, regs: PagingRegs, selector
     table = cpu.segment(_LDTR).base if selector & 4 else cpu.gdt.base
     at = table + (selector & 0xFFF8) + 5
     return write_system(memory, regs, at, bytes((descriptor >> 40 & 0xFF,)), 1) or descriptor
+
+
+def load_code(
+    cpu: CpuState, memory: GuestMemory, regs: PagingRegs, selector: int, vector: int, ext: int
+) -> Segment | Fault:
+    """CS whose selector's RPL becomes the privilege level: by IRET, in task switches (SDM vol. 2A, IRET; vol. 3A, 7.3).
+
+    What does not fit is ``vector`` with the selector and ``ext``; null selectors are the caller's."""
+    name = selector & 0xFFFC | ext
+    descriptor = load_descriptor(cpu, memory, regs, selector, vector, ext)
+    if isinstance(descriptor, Fault):
+        return descriptor
+    flags, rpl = descriptor >> 32, selector & 3
+    dpl = flags >> 13 & 3
+    fits = dpl <= rpl if flags & 0x400 else dpl == rpl
+    if flags & 0x1800 != 0x1800 or not fits or (regs.efer & _LMA and flags & 0x60_0000 == 0x60_0000):  # L with D
+        return Fault(vector, name)
+    if not flags & 0x8000:
+        return Fault(11, name)
+    marked = mark_accessed(cpu, memory, regs, selector, descriptor)
+    return marked if isinstance(marked, Fault) else segment_of(selector, marked)
+
+
+def load_stack(
+    cpu: CpuState, memory: GuestMemory, regs: PagingRegs, selector: int, cpl: int, vector: int, ext: int
+) -> Segment | Fault:
+    """SS for code that will run at ``cpl``: writable data of just that level. Refusals as :func:`load_code`'s."""
+    name = selector & 0xFFFC | ext
+    descriptor = load_descriptor(cpu, memory, regs, selector, vector, ext)
+    if isinstance(descriptor, Fault):
+        return descriptor
+    flags = descriptor >> 32
+    if flags & 0x1A00 != 0x1200 or flags >> 13 & 3 != cpl or selector & 3 != cpl:
+        return Fault(vector, name)
+    if not flags & 0x8000:
+        return Fault(12, name)
+    marked = mark_accessed(cpu, memory, regs, selector, descriptor)
+    return marked if isinstance(marked, Fault) else segment_of(selector, marked)
 
 
 def in_limit(segment: Segment, offset: int, size: int) -> bool:

@@ -25,7 +25,9 @@ from aiovm.mmu import IoNeeded, read_virt
 from aiovm.page_walk import Access, PageFault, PagingRegs, load_pdptrs
 from aiovm.segmentation import (
     Fault,
+    load_code,
     load_descriptor,
+    load_stack,
     mark_accessed,
     page_fault,
     push_frame,
@@ -199,25 +201,19 @@ def _load_segment(
     name = selector & 0xFFFC | ext
     if not selector & 0xFFFC:
         return Fault(10, name) if which in (Seg.CS, Seg.SS) else Segment(selector, 0, 0, 0)
+    if which == Seg.CS:
+        return load_code(cpu, memory, regs, selector, 10, ext)
+    if which == Seg.SS:
+        return load_stack(cpu, memory, regs, selector, cpl, 10, ext)
     descriptor = load_descriptor(cpu, memory, regs, selector, 10, ext)
     if isinstance(descriptor, Fault):
         return descriptor
     flags = descriptor >> 32
-    rpl, dpl = selector & 3, flags >> 13 & 3
-    code, conforming_or_down, access = flags & 0x800, flags & 0x400, flags & 0x200
-    absent = 11
-    valid: int
-    if which == Seg.CS:
-        valid = code and (dpl <= rpl if conforming_or_down else dpl == rpl)
-    elif which == Seg.SS:
-        valid = not code and access and dpl == cpl and rpl == cpl
-        absent = 12
-    else:
-        readable = not code or access
-        valid = readable and ((code and conforming_or_down) or dpl >= max(cpl, rpl))
-    if not flags & 0x1000 or not valid:
+    code, conforming, readable = flags & 0x800, flags & 0x400, flags & 0x200
+    fits = (code and conforming) or flags >> 13 & 3 >= max(cpl, selector & 3)
+    if not flags & 0x1000 or (code and not readable) or not fits:
         return Fault(10, name)
     if not flags & 0x8000:
-        return Fault(absent, name)
+        return Fault(11, name)
     marked = mark_accessed(cpu, memory, regs, selector, descriptor)
     return marked if isinstance(marked, Fault) else segment_of(selector, marked)
