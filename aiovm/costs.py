@@ -37,9 +37,6 @@ class Costs:
     #: An attempt to yield to another CPU's thread: two run queues' locks and the task's, each a cache line owned by
     #: another CPU, at the order of 100 ns a transfer (Molka et al., PACT 2009). Ours, from that count.
     yield_ns: int = 500
-    #: What each of those who wait for a run queue's lock adds to its hand-over, halved. 0: a queued lock, whose line
-    #: goes to one of them (hosts since Linux 4.2, 2015). A ticket lock's is fetched by all: 100, by the same source.
-    queue_lock_ns: int = 0
     #: Delivering an interrupt or exception: microcode and stack frame, ours.
     inject_ns: int = 100
     #: By how much CPUs of one machine may run apart: the interleaving quantum. Ours; see the timing model's page.

@@ -356,7 +356,7 @@ class Host:
         ends = pcpu.lock_ends
         while ends and ends[0] <= at:
             ends.popleft()
-        return ends[-1] + self.costs.queue_lock_ns * len(ends) // 2 if ends else at
+        return ends[-1] if ends else at
 
     def is_single_task(self, thread: Thread) -> bool:
         """Whether nobody waits for the CPU that ``thread`` runs on."""

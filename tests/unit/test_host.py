@@ -499,17 +499,6 @@ def test_a_yield_waits_for_the_locks_of_both_queues():
     run(main())
 
 
-def test_a_ticket_locks_hand_over_takes_half_a_line_for_each_who_waits():
-    async def main():
-        _, ends = run_queue_locks(5, yield_ns=500, queue_lock_ns=100)
-        assert ends(1, 0, 0) == 500
-        assert ends(2, 0, 0) == 500 + 50 + 500
-        assert ends(3, 0, 0) == 1_050 + 100 + 500
-        assert ends(4, 0, 1_100) == 1_650 + 50 + 500  # one is left before it
-
-    run(main())
-
-
 def test_a_cpu_switches_when_it_has_its_queues_lock():
     async def main():
         host, ends = run_queue_locks(2, yield_ns=500, context_switch_ns=1_500)

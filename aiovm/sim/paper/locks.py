@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from statistics import median
 
-from aiovm.sim.paper.row import KVM_2015, MS, OLD_HOST, Row, Runs, Verdict, scenario, throughputs
+from aiovm.sim.paper.row import KVM_2015, MS, OLD_PAUSE, Row, Runs, Verdict, scenario, throughputs
 from aiovm.sim.scenario import Dbench, Features, KernelBuild, LockBound, Ns
 
 __all__ = ["ROWS"]
@@ -187,7 +187,7 @@ ROWS = (
                 vcpus=vcpus,
                 pcpus=32,
                 features=KVM_2015,
-                costs=OLD_HOST,
+                costs=OLD_PAUSE,
                 warmup_ms=40,
                 duration_ms=100,
             )
@@ -236,8 +236,8 @@ ROWS = (
                 vcpus=32,
                 pcpus=32,
                 features=_BASE_2013,
-                costs=OLD_HOST,
-                warmup_ms=20,
+                costs=OLD_PAUSE,
+                warmup_ms=10,
                 duration_ms=15,
             )
             for lock in ("ticket", "pvticket")

@@ -13,13 +13,11 @@ if TYPE_CHECKING:
     from aiovm.sim.result import SimResult
     from aiovm.sim.scenario import Workload
 
-__all__ = ["KVM_2015", "MS", "OLD_HOST", "Row", "Runs", "Verdict", "scenario", "throughputs"]
+__all__ = ["KVM_2015", "MS", "OLD_PAUSE", "Row", "Runs", "Verdict", "scenario", "throughputs"]
 
 MS = 1_000_000
-#: Hosts up to Linux 4.1. A PAUSE before Skylake takes about 10 cycles (Intel Optimization Reference Manual, "Pause
-#: Latency in Skylake"). Run queues have ticket locks: a hand-over to one of n waiters takes n/2 line transfers of
-#: 100 ns (Boyd-Wickizer et al., Linux Symposium 2012; Molka et al., PACT 2009).
-OLD_HOST = {"pause_ns": 5, "queue_lock_ns": 100}
+#: A PAUSE before Skylake: about 10 cycles (Intel Optimization Reference Manual, "Pause Latency in Skylake").
+OLD_PAUSE = {"pause_ns": 5}
 #: Linux 4.1's KVM, and 4.4's as far as yields go.
 KVM_2015 = Features(kernel_mode_filter=False, boost_woken=False, kick_yields=False, halt_poll=Ns(0))
 
