@@ -46,6 +46,10 @@ _HEARD: Final = (1, 4)
 _UNHEARD: Final = (256, MOST_TURNS)
 
 
+#: Eight times what Linux can be built for (CONFIG_NR_CPUS); ours.
+_MAX_PCPUS: Final = 1 << 16
+
+
 class _ClockHandle(asyncio.TimerHandle):
     """asyncio's handle of a timed call, and the clock's."""
 
@@ -179,6 +183,8 @@ class Host:
     ) -> None:
         if not isinstance(pcpus, int) or pcpus < 1:
             raise ConfigError(f"a host needs at least one physical CPU, not {pcpus!r}")
+        if pcpus > _MAX_PCPUS:
+            raise ConfigError(f"a host has {_MAX_PCPUS} physical CPUs at most, not {pcpus}")
         if policy is not None and not isinstance(policy, Policy):
             raise ConfigError(f"policy: {policy!r} is no Policy; aiovm.policy.by_name makes one from its name")
         loop = asyncio.get_running_loop()

@@ -63,13 +63,15 @@ if TYPE_CHECKING:
     from aiovm.engine.base import Context
     from aiovm.snapshot import Snapshot
 
-__all__ = ["Debugger", "LifeEvent", "LifeState", "Outcome", "Vm"]
+__all__ = ["MAX_VCPUS", "Debugger", "LifeEvent", "LifeState", "Outcome", "Vm"]
 
 _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
+#: So that it ends, behind the hole, below what CR3 can name.
+_MAX_MEMORY = (1 << MAXPHYADDR) - (_HOLE_END - _HOLE)
 _DEBUG_EXIT = 0xF4
 #: A slice on the wall clock, ns of charged code, while somebody waits for :meth:`Vm.between_slices`.
 _BRIEF = 100_000
-_MAX_VCPUS = 255
+MAX_VCPUS = 255
 #: How much longer a slice is on the wall clock when no other vCPU of the machine wants to run.
 _ALONE = 6
 #: What firmware leaves in the boot CPU's local APIC: enabled, LINT0 takes the 8259's interrupts, LINT1 is NMI.
@@ -126,8 +128,8 @@ class Vm(VmIoctls, VmRest):
         nodes: int = 1,
         virtio: Sequence[Backend] = (),
     ) -> None:
-        if not isinstance(vcpus, int) or not 1 <= vcpus <= _MAX_VCPUS:
-            raise ConfigError(f"a machine has 1 to {_MAX_VCPUS} vCPUs, not {vcpus!r}")
+        if not isinstance(vcpus, int) or not 1 <= vcpus <= MAX_VCPUS:
+            raise ConfigError(f"a machine has 1 to {MAX_VCPUS} vCPUs, not {vcpus!r}")
         whole("nodes, of NUMA", nodes, 1, vcpus)
         whole("halt_poll_ns", halt_poll_ns, 0)
         whole("wall_slice_ns", wall_slice_ns, 1)
@@ -135,8 +137,8 @@ class Vm(VmIoctls, VmRest):
             memory = parse_size(memory)
         if not isinstance(memory, int):
             raise ConfigError(f"memory of {memory!r}: a number of bytes, or a text like 64M")
-        if memory < 1 << 20 or memory & 0xFFF:
-            raise ConfigError(f"memory of {memory:#x} bytes: at least 1M, in whole pages")
+        if not 1 << 20 <= memory <= _MAX_MEMORY or memory & 0xFFF:
+            raise ConfigError(f"memory of {memory:#x} bytes: 1M to {_MAX_MEMORY >> 30}G, in whole pages")
         if console is not None and not callable(console):
             raise ConfigError(f"console: {console!r} cannot be called")
         self.host = host

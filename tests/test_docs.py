@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from aiovm.costs import Costs
+from aiovm.errors import ConfigError
 from aiovm.policy import POLICIES
+from aiovm.sim.scenario import load_scenario, parse_scenario
 
 ROOT = Path(__file__).parent.parent
 TOUR = (ROOT / "docs" / "tour.md").read_text()
@@ -46,6 +48,15 @@ def test_session(session):
         env=os.environ | {"PATH": path},
     )
     assert done.stdout + done.stderr == output
+
+
+def test_the_laboratorys_page_shows_its_example():
+    text = (ROOT / "docs" / "laboratory.md").read_text()
+    (shown,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert parse_scenario(shown) == load_scenario(ROOT / "examples" / "laboratory.toml")
+    (error,) = re.findall(r"^    (scenario.toml: .*)$", text, re.MULTILINE)
+    with pytest.raises(ConfigError, match=f"^{re.escape(error)}$"):
+        parse_scenario(shown.replace("pcpus = 8", "pcpus = 0"), name="scenario.toml")
 
 
 def test_the_timing_model_has_every_cost_with_its_default():

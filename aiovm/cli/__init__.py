@@ -7,10 +7,13 @@ A mistake of the user's is one line on standard error and status 2, never a trac
 from __future__ import annotations
 
 import errno
+import importlib.metadata
+import os
 import sys
 import traceback
-from typing import Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import structlog
 import typer
 
 from aiovm.cli.linux_locks import register as register_linux_locks
@@ -21,6 +24,9 @@ from aiovm.cli.sim import register as register_sim
 from aiovm.cli.status import BAD_INPUT, INTERNAL, INTERRUPTED, status_of
 from aiovm.cli.sweep import register as register_sweep
 from aiovm.errors import AiovmError, GuestPanic
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
 
 __all__ = ["app", "main"]
 
@@ -45,7 +51,37 @@ register_paper(app)
 
 def main() -> None:
     """Run the command line; the entry point."""
+    _streams()
     sys.exit(_run())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"aiovm {importlib.metadata.version('aiovm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself, not of a sub-command."""
+
+
+def _streams() -> None:
+    """Who closed a standard stream wants to hear nothing; and warnings do not belong among results."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lives)
+    structlog.configure(processors=[_line], logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+
+
+def _line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
+    details = ", ".join(f"{key}: {value}" for key, value in event.items() if key != "event")
+    return f"aiovm: {event['event']} ({details})"
 
 
 def _run() -> int:

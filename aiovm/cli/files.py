@@ -11,7 +11,9 @@ __all__ = ["check_writable", "write_file"]
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse a path in a directory that does not exist, and one that is a directory."""
+    """Refuse a path in a directory that does not exist, a directory, and ``-``, which elsewhere is standard output."""
+    if str(path) == "-":
+        raise ConfigError("cannot write -: name a file; /dev/stdout is one")
     if Path(path).is_dir():
         raise ConfigError(f"cannot write {path}: Is a directory")
     if not Path(path).parent.is_dir():

@@ -25,7 +25,7 @@ from aiovm.results import to_json
 from aiovm.sinks import open_sinks
 from aiovm.trace import HashSink, Tracer
 from aiovm.units import parse_duration, parse_size
-from aiovm.vm import Outcome, Vm
+from aiovm.vm import MAX_VCPUS, Outcome, Vm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -128,7 +128,7 @@ def _run(
             )
             return Vm.restore(host, saved, console=out)
         host = Host(
-            max(vcpus, 1) if pcpus is None else pcpus,  # the machine says what is wrong with no vCPUs
+            min(max(vcpus, 1), MAX_VCPUS) if pcpus is None else pcpus,  # the machine says what is wrong with vCPUs
             policy=by_name(policy, slice_ns=parse_duration(slice_)),
             seed=seed,
             trace=tracer,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from aiovm.cli.files import write_file
+from aiovm.cli.files import check_writable, write_file
 from aiovm.cli.progress import progress_bar
 from aiovm.results import to_json
 from aiovm.sim.lab import simulate
@@ -40,6 +40,8 @@ def _sim(
     Example: aiovm sim scenario.toml --json result.json
     """
     spec = load_scenario(scenario)
+    if json is not None:
+        check_writable(json)
     tracer = Tracer()
     records = ListSink()
     if trace is not None:

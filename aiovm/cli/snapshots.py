@@ -12,7 +12,7 @@ from aiovm.clock import Alarm
 from aiovm.errors import ConfigError
 from aiovm.loop import Host
 from aiovm.policy import by_name
-from aiovm.units import parse_duration
+from aiovm.units import format_ns, parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -83,12 +83,14 @@ async def saving(vm: Vm, path: Path | None, at: int) -> AsyncIterator[None]:
         yield
         return
     if at < vm.clock.now() and vm.clock.is_virtual:  # real time does not wait for a guest to be loaded
-        raise ConfigError(f"--save-at {at} ns has passed: the guest is at {vm.clock.now()} ns")
+        raise ConfigError(f"--save-at {format_ns(at)} has passed: the guest is at {format_ns(vm.clock.now())}")
     task = asyncio.create_task(_save(vm, path, at))
     try:
         yield
         if not task.done():
-            raise ConfigError(f"nothing was saved: the guest ended at {vm.clock.now()} ns, --save-at is {at} ns")
+            raise ConfigError(
+                f"nothing was saved: the guest ended at {format_ns(vm.clock.now())}, --save-at is {format_ns(at)}"
+            )
         task.result()
     finally:
         task.cancel()

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aiovm.cli.files import check_writable
 from aiovm.cli.progress import progress_bar
 from aiovm.errors import ConfigError
 from aiovm.sim.plot import check_plots, plot_sweep
@@ -43,6 +44,7 @@ def _sweep(
         raise ConfigError("nothing to sweep: give --set path=1..16")
     if plot is not None:
         check_plots()
+        check_writable(plot)
     todo = points(load_scenario(scenario), set_, seeds)
     found: dict[str, list[SimResult]] = {_label(p.settings): [] for p in todo}
     with progress_bar() as bar:

@@ -120,13 +120,15 @@ class LoadedImage:
 def read_image(path: str | Path, what: str = "") -> bytes:
     """A file's bytes; ``what`` names it in the :class:`ConfigError`. A device, which has no end, is refused."""
     try:
-        if Path(path).is_char_device():
-            raise ConfigError(f"cannot read {what}{path}: a device is no image")
-        return Path(path).read_bytes()
+        endless = Path(path).is_char_device()
+        data = b"" if endless else Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {what}{path}: {error.strerror}") from error
     except ValueError as error:  # a path that cannot be
-        raise ConfigError(f"cannot read {what}{path!r}: {error}") from error
+        raise ConfigError(f"cannot read {what}{str(path)!r}: {error}") from error
+    if endless:
+        raise ConfigError(f"cannot read {what}{path}: a device is no image")
+    return data
 
 
 def read_modules(text: str) -> tuple[Module, ...]:

@@ -130,4 +130,5 @@ def _finish(figure: Any, axes: Any, names: Sequence[str], path: Path) -> None:
     try:
         figure.savefig(path, dpi=120, metadata={"Software": None} if Path(path).suffix == ".png" else None)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write {path}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot write {path}: {why}") from error

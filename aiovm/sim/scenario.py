@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from aiovm.costs import Costs
 from aiovm.errors import ConfigError
+from aiovm.policy import by_name
 from aiovm.spin import SpinOptions
 from aiovm.units import parse_duration
 
@@ -198,6 +199,14 @@ class HostSpec(_Strict, frozen=True):
     jitter: Annotated[int, Meta(ge=0, le=999)] = 100
     options: dict[str, int] = {}
 
+    def __post_init__(self) -> None:
+        if self.slice < 1:
+            raise ConfigError("`slice` is below 1ns")
+        try:
+            by_name(self.policy, slice_ns=int(self.slice), jitter=self.jitter, **self.options)
+        except ConfigError as error:
+            raise ConfigError(f"`policy`: {error}") from error
+
 
 class VmSpec(_Strict, frozen=True):
     """``count`` equal machines."""
@@ -224,12 +233,17 @@ class Scenario(_Strict, frozen=True):
     def __post_init__(self) -> None:
         unknown = sorted(set(self.costs) - set(Costs.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"unknown cost `costs.{unknown[0]}`")
+            raise ConfigError(f"`costs.{unknown[0]}` is not known; there are {', '.join(Costs.__dataclass_fields__)}")
+        for name, value in self.costs.items():
+            try:
+                Costs(**{name: value})
+            except ConfigError as error:
+                raise ConfigError(f"`costs.{name}`: {error}") from error
         if self.duration < 1_000_000:
-            raise ValueError("`duration` is below 1ms")
+            raise ConfigError("`duration` is below 1ms")
         for spec in self.vm:
             if isinstance(spec.workload, LockBound) and not spec.workload.think + spec.workload.hold:
-                raise ValueError("`think` and `hold` cannot both be 0")
+                raise ConfigError("`think` and `hold` cannot both be 0")
 
 
 def load_scenario(path: Path) -> Scenario:
@@ -237,7 +251,8 @@ def load_scenario(path: Path) -> Scenario:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
+        raise ConfigError(f"cannot read {path}: {why}") from error
     return parse_scenario(text, name=str(path))
 
 
@@ -257,9 +272,10 @@ def build(tree: dict[str, Any], text: str, name: str) -> Scenario:
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
         keys = re.findall(r"[\w-]+|\[\d+\]", path.strip("`").removeprefix("$"))
-        named = re.search(r"`([\w.-]+)`", message) if "unknown" in message or not keys else None
+        named = re.match(r"(?:`|Object contains unknown field `)([\w.-]+)`", message)
         if named:
             keys.extend(named[1].split("."))
+            message = message.removeprefix(f"`{named[1]}`: ")
         line = _line_of(text, keys)
         where = f"line {line}: " if line else ""
         raise ConfigError(f"{name}: {where}{'.'.join(keys).replace('.[', '[') or 'scenario'}: {message}") from error

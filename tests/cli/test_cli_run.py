@@ -232,6 +232,28 @@ def test_a_full_disk_is_one_line(aiovm, option, tmp_path, monkeypatch):
     assert re.search("cannot write.*: No space left on device", one_line(lines))
 
 
+def test_a_trace_on_a_full_disk_is_a_line_and_the_guest_goes_on(aiovm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("full.jsonl").symlink_to("/dev/full")
+    status, out, lines = aiovm("run", HELLO, "--trace", "full.jsonl")
+    assert (status, out) == (1, "hello from vCPU 0 of 1\r\n")
+    assert re.search(r"trace sink dropped \(sink: JsonLinesSink, error: .*No space left", one_line(lines))
+
+
+def test_closed_streams():
+    command = (
+        f"{sys.executable} -m aiovm run {HELLO} >&-; echo $?; {sys.executable} -m aiovm run /no/such 2>&-; echo $?"
+    )
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("1\n2\n", "")
+
+
+def test_version(aiovm):
+    status, out, lines = aiovm("--version")
+    assert (status, lines) == (0, [])
+    assert re.fullmatch(r"aiovm \d+\.\d+\.\d+\n", out)
+
+
 # ---- bad options --------------------------------------------------------------------------------------------------
 
 
@@ -240,8 +262,10 @@ def test_a_full_disk_is_one_line(aiovm, option, tmp_path, monkeypatch):
     [
         (["--vcpus", "0"], "a machine has 1 to 255 vCPUs, not 0"),
         (["--vcpus", "256"], "a machine has 1 to 255 vCPUs, not 256"),
+        (["--vcpus", "1" + 20 * "0"], "a machine has 1 to 255 vCPUs, not 10000"),
         (["--vcpus", "x"], "--vcpus"),
         (["--pcpus", "0"], "at least one physical CPU, not 0"),
+        (["--pcpus", "1000000000"], "a host has 65536 physical CPUs at most, not 1000000000"),
         (["--seed", "x"], "--seed"),
         (["--seed", "0x10"], "--seed"),
         (["--seed", str(1 << 63)], "bad seed 9223372036854775808"),
@@ -252,7 +276,7 @@ def test_a_full_disk_is_one_line(aiovm, option, tmp_path, monkeypatch):
         (["--memory", "12Q"], "bad size '12Q'"),
         (["--memory", "0"], "memory of 0x0 bytes"),
         (["--memory", "1000001"], "whole pages"),
-        (["--memory", "100000G"], "the host has no 0x[0-9a-f]+ bytes"),
+        (["--memory", "100000G"], "memory of 0x[0-9a-f]+ bytes: 1M to 1023G"),
         (["--policy", "fare"], "no policy is called 'fare'"),
         (["--policy", "no.such:Thing"], "no.such:Thing"),
         (["--policy", "os:path"], "does not derive"),
@@ -261,6 +285,7 @@ def test_a_full_disk_is_one_line(aiovm, option, tmp_path, monkeypatch):
         (["--console", "file:/no/such/file"], "cannot write console file /no/such/file: No such file or directory"),
         (["--trace", "trace.txt"], "ends in .pftrace, .json or .jsonl"),
         (["--trace", "/no/such/trace.jsonl"], "/no/such/trace.jsonl': No such file or directory"),
+        (["--json", "-"], "cannot write -: name a file"),
         (["--json", "/no/such/result"], "/no/such/result: No such directory"),
         (["--initrd", "/no/such/module"], "cannot read module /no/such/module: No such file or directory"),
         (["--frobnicate"], r"No such option: --frobnicate.*--help"),
