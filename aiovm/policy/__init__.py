@@ -32,8 +32,9 @@ def by_name(name: str, **options: int) -> Policy:
     if cls is None:
         raise ConfigError(f"no policy is called {name!r}; there are {', '.join(POLICIES)}, and module:Class")
     known = inspect.signature(cls).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for option in options:
-        if option not in known:
+        if option not in known and not takes_any:
             raise ConfigError(f"policy {name!r} has no option {option!r}; it has {', '.join(known)}")
     return cls(**options)
 

@@ -7,11 +7,13 @@ runs changes nothing in what it says.
 from __future__ import annotations
 
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
-from aiovm.errors import ConfigError
+from aiovm.errors import ConfigError, EngineError
 from aiovm.sim.lab import simulate
 
 if TYPE_CHECKING:
@@ -27,6 +29,12 @@ Job = tuple["Scenario", int]
 
 def _run(job: Job) -> SimResult:
     return simulate(job[0], seed=job[1])
+
+
+def _die_at_once() -> None:
+    """At Ctrl-C, which all processes get: a KeyboardInterrupt may leave the queue of results locked for ever."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started us ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_jobs(
@@ -50,11 +58,13 @@ def _on_processes(jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[in
         for place, job in enumerate(jobs):
             yield place, _run(job)
         return
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_die_at_once) as pool:
         places = {pool.submit(_run, job): place for place, job in enumerate(jobs)}
         try:
             for future in as_completed(places):
                 yield places[future], future.result()
+        except BrokenProcessPool as error:
+            raise EngineError("a process of the pool was killed from outside: is there enough memory?") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

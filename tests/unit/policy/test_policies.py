@@ -16,6 +16,11 @@ from aiovm.trace import Kind, ListSink, Tracer
 MS = 1_000_000
 
 
+class Handing(Policy):
+    def __init__(self, **options):
+        super().__init__(**options)
+
+
 class Mine(Policy):
     """One of the user's own."""
 
@@ -77,6 +82,7 @@ def test_every_policy_has_its_name():
 
 def test_ones_own_policy_comes_from_a_module():
     assert by_name(f"{__name__}:Mine").name == "mine"
+    assert by_name(f"{__name__}:Handing", slice_ns=5).slice_ns == 5
 
 
 @pytest.mark.parametrize(

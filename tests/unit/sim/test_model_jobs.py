@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from aiovm.errors import ConfigError
+from aiovm.errors import ConfigError, EngineError
+from aiovm.sim.jobs import run_jobs
 from aiovm.sim.scenario import HostSpec, Ns, Scenario, VmSpec, load_scenario
 from aiovm.sim.sweep import points, run_sweep
 
@@ -88,3 +89,16 @@ def test_a_table_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     done = subprocess.run(command, capture_output=True, timeout=20)
     assert done.returncode != 0
     assert b"No such directory" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_dies_ends_the_sweep_and_hangs_nobody(number, tmp_path, monkeypatch):
+    """Ctrl-C reaches the pool's processes too: they die at once, where an exception could leave a lock behind."""
+    module = "import multiprocessing, signal\nfrom aiovm.policy.base import Policy\n"
+    module += "class Dies(Policy):\n    def __init__(self, **options):\n        super().__init__(**options)\n"
+    module += f"        if multiprocessing.parent_process():\n            signal.raise_signal({number})\n"
+    (tmp_path / "deadly.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    scenario = Scenario(host=HostSpec(policy="deadly:Dies"))
+    with pytest.raises(EngineError, match="killed from outside"):
+        list(run_jobs([(scenario, 1), (scenario, 2)]))
