@@ -141,15 +141,15 @@ class VcpuMsrs:
     # ---- plain registers ---------------------------------------------------------------------------------------------
 
     def _core_writer(self, index: int, takes: Callable[[int], bool]) -> Callable[[int, bool], bool]:
-        write = self._vcpu.context.write_msr
+        store = self._vcpu.context.msr_writer(index)
 
-        def store(value: int, _host_initiated: bool) -> bool:
+        def write(value: int, _host_initiated: bool) -> bool:
             if not takes(value):
                 return False
-            write(index, value)
+            store(value)
             return True
 
-        return store
+        return write
 
     def _write_misc_enable(self, value: int, _host_initiated: bool) -> bool:
         self._vcpu.ia32_misc_enable_msr = value

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aiovm.events import EventKind
     from aiovm.exits import Exit
@@ -307,8 +307,8 @@ class Context(Protocol):
     def read_msr(self, index: int) -> int:
         """An MSR that the core holds; the caller knows which."""
 
-    def write_msr(self, index: int, value: int) -> None:
-        """Store an MSR that the core holds; the caller has checked the value."""
+    def msr_writer(self, index: int) -> Callable[[int], None]:
+        """What stores an MSR that the core holds; the caller checks the value."""
 
     def save(self) -> ContextState: ...
     def restore(self, state: ContextState) -> None: ...

@@ -13,7 +13,7 @@ from aiovm.engine.unicorn.state import EnvState, Views
 from aiovm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from aiovm.engine.base import GuestPort
     from aiovm.engine.unicorn.engine import UnicornEngine
@@ -30,8 +30,6 @@ _M32: Final = 0xFFFF_FFFF
 _BASES: Final = frozenset({0xC000_0100, 0xC000_0101})
 #: 32-bit MSRs of the core.
 _NARROW: Final = frozenset({0x174, 0xC000_0084, 0xC000_0103})
-#: Those to which a store is a store and no more, by the word.
-_PLAIN_MSRS: Final = {index: at >> 3 for index, at in MSRS.items() if index not in _NARROW | _BASES}
 
 
 class UnicornContext:
@@ -166,18 +164,20 @@ class UnicornContext:
         value: int = self.state.q[MSRS[index] >> 3]
         return value & _M32 if index in _NARROW else value
 
-    def write_msr(self, index: int, value: int) -> None:
-        """Store an MSR that the core holds; the caller has checked the value."""
-        at = _PLAIN_MSRS.get(index)
-        if at is not None:
-            self.state.q[at] = value
-        elif index == EFER_MSR:
-            self.state.efer = value
-        elif index in _NARROW:
-            self.state.d[MSRS[index] >> 2] = value & _M32
-        else:
-            self.state.q[MSRS[index] >> 3] = value
-            self.state.guard_bases()
+    def msr_writer(self, index: int) -> Callable[[int], None]:
+        state, half, word = self.state, MSRS[index] >> 2, MSRS[index] >> 3
+
+        def narrow(value: int) -> None:
+            state.d[half] = value & _M32
+
+        def base(value: int) -> None:
+            state.q[word] = value
+            state.guard_bases()
+
+        def plain(value: int) -> None:
+            state.q[word] = value
+
+        return narrow if index in _NARROW else base if index in _BASES else plain
 
     def save(self) -> ContextState:
         """A copy. Whoever runs next begins without translations, of code or of addresses, as after :meth:`restore`."""

@@ -234,12 +234,12 @@ def test_an_iret_is_stepped_over(make):
 
 
 def system_calls(m):
-    m.context.write_msr(0xC000_0081, 0x0023_0010 << 32)  # STAR: kernel 0x10, user 0x23
-    m.context.write_msr(0xC000_0082, 0x11000)  # LSTAR
-    m.context.write_msr(0xC000_0084, 0x4_7700)  # FMASK: TF, IF, DF, NT, AC, ...
-    m.context.write_msr(0x174, 0x10)
-    m.context.write_msr(0x175, 0x18000)
-    m.context.write_msr(0x176, 0x11000)
+    m.context.msr_writer(0xC000_0081)(0x0023_0010 << 32)  # STAR: kernel 0x10, user 0x23
+    m.context.msr_writer(0xC000_0082)(0x11000)  # LSTAR
+    m.context.msr_writer(0xC000_0084)(0x4_7700)  # FMASK: TF, IF, DF, NT, AC, ...
+    m.context.msr_writer(0x174)(0x10)
+    m.context.msr_writer(0x175)(0x18000)
+    m.context.msr_writer(0x176)(0x11000)
 
 
 def test_syscall_enters_the_kernel(make):

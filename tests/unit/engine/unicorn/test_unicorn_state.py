@@ -13,7 +13,7 @@ def test_reset(make):
     m.engine.signature = 0x306C4
     s.gpr[5], s.cr2, s.rflags = 5, 6, 0xCD7
     s.set_dr(0, 1)
-    m.context.write_msr(0xC000_0082, 0x1000)
+    m.context.msr_writer(0xC000_0082)(0x1000)
     m.context.reset(init=False)
     assert [s.gpr[n] for n in range(16)] == [0, 0, 0x306C4] + [0] * 13
     assert (s.rip, s.rflags) == (0xFFF0, 2)
@@ -33,7 +33,7 @@ def test_init_keeps_cache_bits_msrs_and_the_fpu(make):
     m = make("66480f6ec0 f4")  # movq xmm0, rax; hlt
     m.gpr[0] = 0x1234_5678
     assert m.run() == Hlt(False)
-    m.context.write_msr(0xC000_0082, 0xABC0)
+    m.context.msr_writer(0xC000_0082)(0xABC0)
     m.state.cr0 = 0xC001_0033  # PG, CD... but not NW
     m.context.reset(init=True)
     s = m.state
