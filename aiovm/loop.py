@@ -233,8 +233,7 @@ class Host:
         accounts = zip(self.pcpus, state.busy_ns, state.switches, state.lock_ends, strict=True)
         for pcpu, busy_ns, switches, lock_ends in accounts:
             pcpu.busy_ns, pcpu.switches = busy_ns, switches
-            pcpu.lock_ends.clear()
-            pcpu.lock_ends.extend(lock_ends)
+            pcpu.lock_ends = lock_ends.copy()
         return True
 
     def register_machine(self, machine: object) -> int:
@@ -361,7 +360,7 @@ class Host:
         """When who asks at ``at`` for the lock of ``pcpu``'s queue has it."""
         ends = pcpu.lock_ends
         while ends and ends[0] <= at:
-            ends.popleft()
+            del ends[0]
         return ends[-1] if ends else at
 
     def is_single_task(self, thread: Thread) -> bool:

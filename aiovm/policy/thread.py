@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections import deque
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
@@ -141,7 +140,7 @@ class Pcpu:
         self.busy_ns = 0
         self.switches = 0
         #: When each of those who have the queue's lock, or wait for it, will have released it, in their order (ns).
-        self.lock_ends: deque[int] = deque()
+        self.lock_ends: list[int] = []
         self._current: Thread | None = None
         self.join(Crowd())
 
