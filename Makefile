@@ -64,8 +64,8 @@ guests: $(STAMP)
 	$(BIN)/python scripts/make_guests.py
 
 soak: $(STAMP)
-	$(BIN)/python tests/linux_storm.py --minutes $(MINUTES) --clock wall
-	$(BIN)/python tests/linux_storm.py --minutes $(MINUTES) --clock virtual
+	PYTHONPATH=. $(BIN)/python tests/linux_storm.py --minutes $(MINUTES) --clock wall
+	PYTHONPATH=. $(BIN)/python tests/linux_storm.py --minutes $(MINUTES) --clock virtual
 
 guests-elf:
 	$(MAKE) -C aiovm/guests

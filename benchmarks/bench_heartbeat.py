@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from aiovm.loaders import apply
 from aiovm.stats import percentile
 from aiovm.vcpu import MpState
 from benchmarks.bench_boot import GUESTS, PROMPT
-from benchmarks.common import show
+from benchmarks.common import heartbeat, show
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,14 +32,6 @@ _LOOPS = {
     "OUT": "e6 80 eb fc",  # out 0x80, al; jmp
     "INT 32, IRET": "c7 06 80 00 10 7c 8c 0e 82 00 cd 20 eb fc 90 90 cf",  # mov [0x80], 0x7c10; mov [0x82], cs; int 32
 }
-
-
-async def beat(late: list[int]) -> None:
-    """Note how late each of the beats came, ns."""
-    for _ in range(_BEATS):
-        wanted = time.monotonic_ns() + 1_000_000
-        await asyncio.sleep(0.001)
-        late.append(max(0, time.monotonic_ns() - wanted))
 
 
 @asynccontextmanager
@@ -97,7 +88,7 @@ def main() -> None:
 
     async def measure(name: str) -> None:
         async with scenes[name]():
-            await beat(found[name])
+            await heartbeat(found[name], _BEATS)
 
     for _ in range(_ROUNDS):
         for name in scenes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -17,9 +18,17 @@ from aiovm import Host, Vm, guests, run
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["aiovm_seconds", "best", "interleaved", "qemu_seconds", "show"]
+__all__ = ["aiovm_seconds", "best", "heartbeat", "interleaved", "qemu_seconds", "show"]
 
 QEMU = shutil.which("qemu-system-x86_64")
+
+
+async def heartbeat(late: list[int], beats: int) -> None:
+    """Note in ``late`` how late each of ``beats`` wake-ups a millisecond apart came, ns."""
+    for _ in range(beats):
+        wanted = time.monotonic_ns() + 1_000_000
+        await asyncio.sleep(0.001)
+        late.append(max(0, time.monotonic_ns() - wanted))
 
 
 def best(measure: Callable[[], float], rounds: int = 3) -> float:

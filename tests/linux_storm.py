@@ -1,6 +1,6 @@
 """A storm in a Linux guest: each CPU forks, pipes, packs and hashes, and the host knows every hash.
 
-    python tests/linux_storm.py --minutes 10 --clock wall       (make soak: both clocks, one after the other)
+    PYTHONPATH=. python tests/linux_storm.py --minutes 10 --clock wall    (make soak: both clocks, one after the other)
 
 A round hashes lines of numbers behind a packer and from a file; both hashes must be the host's own. Between batches
 the kernel's log is read: it must be free of complaints. ``--minutes`` are the host's: the virtual clock of four busy
@@ -20,6 +20,7 @@ from aiovm.loop import run, run_wall
 from aiovm.stats import percentile
 from aiovm.units import format_ns
 from aiovm.vm import Vm
+from benchmarks.common import heartbeat
 
 COMPLAINTS = re.compile(r"BUG|WARNING|Oops|soft lockup|hard LOCKUP|unstable|rcu.*stall|blocked for more than")
 PATIENCE = 3600
@@ -64,14 +65,6 @@ async def storm(vm, first, rounds):
     return last
 
 
-async def heartbeat(late):
-    """How late each millisecond's wake-up was, in ns: the loop must not wait for a slice."""
-    while True:
-        wanted = time.monotonic_ns() + 1_000_000
-        await asyncio.sleep(0.001)
-        late.append(time.monotonic_ns() - wanted)
-
-
 async def soak(clock, vcpus, minutes):
     """Storm until the time is over; prints what happened."""
     guest = Vm.linux(GUESTS / "vmlinuz", initrd=str(GUESTS / "initrd.gz"), cmdline="console=ttyS0 quiet", vcpus=vcpus)
@@ -79,7 +72,7 @@ async def soak(clock, vcpus, minutes):
         await vm.expect("~ # ", timeout=PATIENCE)
         await prepare(vm)
         began, said, done, late = time.monotonic(), 0.0, 0, []
-        pulse = asyncio.create_task(heartbeat(late)) if clock == "wall" else None
+        pulse = asyncio.create_task(heartbeat(late, sys.maxsize)) if clock == "wall" else None
         while (spent := time.monotonic() - began) < 60 * minutes:
             done = await storm(vm, done, 16)
             log = await vm.shell("dmesg", timeout=PATIENCE)

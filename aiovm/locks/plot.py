@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aiovm.locks.result import LockRow
 
-__all__ = ["check", "plot"]
+__all__ = ["check", "plot", "time_axis"]
 
 #: The formats, and what each would say about when and by what it was made; None leaves it out.
 _METADATA: dict[str, dict[str, None]] = {
@@ -138,9 +138,19 @@ def _efficiency(axes: Any, rows: Sequence[LockRow], locks: Sequence[str]) -> Non
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
 
 
-def _waits(axes: Any, rows: Sequence[LockRow], locks: Sequence[str]) -> None:
+def time_axis(axes: Any) -> None:
+    """A logarithmic x axis of times in ns, written as people do."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(numticks=20))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda ns, _: format_ns(round(ns)).replace(".00", "").replace(".0", ""))
+    )
+
+
+def _waits(axes: Any, rows: Sequence[LockRow], locks: Sequence[str]) -> None:
     ratios = list(_ratios(rows))
     step = 0.8 / max(1, len(ratios))
     shortest, longest = 10 * _SHORTEST_NS, 10 * _SHORTEST_NS
@@ -159,13 +169,8 @@ def _waits(axes: Any, rows: Sequence[LockRow], locks: Sequence[str]) -> None:
             axes.annotate(
                 _ratio(row), (most, y), (5, 0), textcoords="offset points", va="center", fontsize=6.5, color=_GREY
             )
-    axes.set_xscale("log")
+    time_axis(axes)
     axes.set_xlim(shortest * 0.7, longest * 4)
-    axes.xaxis.set_major_locator(LogLocator(numticks=20))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda ns, _: format_ns(round(ns)).replace(".00", "").replace(".0", ""))
-    )
     axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(range(len(locks)), locks)
     axes.set_ylim(len(locks) - 0.4, -0.6)

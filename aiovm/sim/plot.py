@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from aiovm.errors import ConfigError
+from aiovm.locks.plot import time_axis
 from aiovm.trace import Kind
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ __all__ = ["check_plots", "plot_sim", "plot_sweep"]
 #: Okabe and Ito's colours, which colour-blind people tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 _MOST_MACHINES = 40
+#: A logarithmic axis has no place for 0.
+_SHORTEST_NS = 10
 #: The timeline shows the run's last part, so much of it.
 _TIMELINE_NS = 100_000_000
 
@@ -47,11 +50,16 @@ def plot_sim(result: SimResult, records: Sequence[Record], directory: Path) -> N
     figure, axes = _figure(f"Waits\n{title}")
     vms = result.vms[:_MOST_MACHINES]
     places = range(len(vms))
-    for name, colour, marker in (("p50", _COLOURS[0], "o"), ("p99", _COLOURS[1], "s"), ("max", _COLOURS[3], "^")):
-        values = [max(10, getattr(vm, f"wait_{name}_ns")) / 1000 for vm in vms]
-        axes.plot(values, places, marker, color=colour, label="longest" if name == "max" else name)
-    axes.set_xscale("log")
-    axes.set_xlabel("wait, us")
+    time_axis(axes)
+    # Where a median is a p99, its ring stays to be seen around the smaller mark.
+    for name, label, colour, look in (
+        ("p50", "median", _COLOURS[0], {"marker": "o", "markersize": 9, "fillstyle": "none"}),
+        ("p99", "99th percentile", _COLOURS[1], {"marker": "s", "markersize": 5}),
+        ("max", "longest", _COLOURS[3], {"marker": "^"}),
+    ):
+        values = [max(_SHORTEST_NS, getattr(vm, f"wait_{name}_ns")) for vm in vms]
+        axes.plot(values, places, linestyle="none", color=colour, label=label, **look)
+    axes.set_xlabel(f"wait for a lock, or a transaction's time (tcp-rr); below {_SHORTEST_NS} ns drawn there")
     _finish(figure, axes, [vm.name for vm in vms], directory / "waits.png")
 
     figure, axes = _figure(f"Where the vCPUs' time went\n{title}")
@@ -106,6 +114,7 @@ def plot_sweep(found: Mapping[str, Sequence[SimResult]], path: Path) -> None:
     high = [max(r.throughput for r in results) - m for m, results in zip(middle, found.values(), strict=True)]
     axes.errorbar(middle, places, xerr=[low, high], fmt="o", color=_COLOURS[0], capsize=3)
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("operations a second")
     _finish(figure, axes, list(found), path)
 

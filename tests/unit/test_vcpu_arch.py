@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from bare import CODE, DATA, STACK, bare, prepare
+from bare import CODE, DATA, END, STACK, bare, prepare
 
 from aiovm.errors import StateError
 from aiovm.exits import Interrupted
@@ -14,7 +14,6 @@ from aiovm.page_walk import PagingRegs
 from aiovm.vcpu_arch import HFlag
 from aiovm.vm import Vm
 
-END = "e6f4"  # out 0xf4, al
 RFLAGS, CR3 = 1 << 19, 1 << 18
 
 

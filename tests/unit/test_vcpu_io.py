@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from bare import CODE, DATA, TABLES, prepare
+from bare import CODE, DATA, END, TABLES, prepare
 
 from aiovm.errors import ConfigError, StateError, UnhandledExit
 from aiovm.exits import ExitReason, Interrupted, Mmio, Pio, SystemEvent
@@ -11,7 +11,6 @@ from aiovm.loop import Host, run, run_wall
 from aiovm.memory import SlotFlags
 from aiovm.vm import Vm
 
-END = "e6f4"  # out 0xf4, al
 PAGE = 0xD000_0000
 #: Where long mode maps PAGE.
 MAPPED = 0x3FE0_0000

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from bare import CODE, DATA, bare, prepare
+from bare import CODE, DATA, END, bare, prepare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,6 @@ from aiovm.loop import Host, VirtualLoop, run
 from aiovm.vcpu_state import MSR_INDEX_LIST
 from aiovm.vm import Vm
 
-END = "e6f4"  # out 0xf4, al
 U64 = st.integers(0, (1 << 64) - 1)
 
 
