@@ -142,7 +142,8 @@ class _Sectors:
 async def _play(seed, native, limit_ns):
     rng = random.Random(seed)
     tracer, digest = Tracer(), HashSink()
-    tracer.add(digest)
+    if seed % 4:
+        tracer.add(digest)  # where nobody traces the engine does more by itself
     vcpus = rng.choice((1, 1, 1, 2, 2, 3))
     host = Host(rng.randint(1, vcpus), seed=seed, trace=tracer)
     blocks = [_Guarded(_RAM)]
