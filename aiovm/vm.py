@@ -12,17 +12,14 @@ clock either a slice runs in the machine's worker thread or the loop's callbacks
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import deque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from aiovm.acpi import Board, MmioDevice, write_tables
 from aiovm.bus import Bus
-from aiovm.clock import Timer, VirtualClock, new_cells
+from aiovm.clock import VirtualClock, new_cells
 from aiovm.console import Console
 from aiovm.control import MAXPHYADDR
 from aiovm.cpuid import CpuidTable
@@ -32,17 +29,15 @@ from aiovm.engine.unicorn import UnicornEngine
 from aiovm.errors import ConfigError, EngineError, GuestPanic, StateError, TripleFault, UnhandledExit
 from aiovm.exits import Debug, EngineFault, Exit, Interrupted, Mmio, Pio, Shutdown, SystemEvent
 from aiovm.halt_poll import LINUX_6_16
-from aiovm.kvmclock import KvmClock, clock_pairing
+from aiovm.kvmclock import KvmClock
 from aiovm.lapic import Lapic
 from aiovm.lapic_map import ApicMap
-from aiovm.lapic_message import DeliveryMode, IpiMessage, Shorthand
 from aiovm.loaders import LoadedImage, Module, apply, load, read_image, read_modules
 from aiovm.loop import Host
-from aiovm.memory import GuestMemory, MemoryMap
+from aiovm.memory import GuestMemory
 from aiovm.panic import PanicWatch
-from aiovm.paravirt import DEFAULT_FEATURES, HypercallNumber, KvmFeature, decode_send_ipi
+from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature
 from aiovm.pc import Pc
-from aiovm.slice_thread import SliceThread
 from aiovm.snapshot import check_host, put, take
 from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
@@ -50,8 +45,10 @@ from aiovm.tsc import ns_to_tsc, tsc_to_ns
 from aiovm.units import parse_size, whole
 from aiovm.vcpu import MpState, Vcpu
 from aiovm.vcpu_io import UserHandler, UserRange
+from aiovm.vm_interrupts import VmInterrupts
 from aiovm.vm_life import LIFE, LifeEvent, LifeState
 from aiovm.vm_rest import VmRest
+from aiovm.vm_slices import VmSlices
 from aiovm.vm_state import VmIoctls
 
 if TYPE_CHECKING:
@@ -60,7 +57,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aiovm.backends.base import Backend
-    from aiovm.engine.base import Context
     from aiovm.snapshot import Snapshot
 
 __all__ = ["MAX_VCPUS", "Debugger", "LifeEvent", "LifeState", "Outcome", "Vm"]
@@ -69,11 +65,7 @@ _HOLE, _HOLE_END = 0xC000_0000, 1 << 32
 #: So that it ends, behind the hole, below what CR3 can name.
 _MAX_MEMORY = (1 << MAXPHYADDR) - (_HOLE_END - _HOLE)
 _DEBUG_EXIT = 0xF4
-#: A slice on the wall clock, ns of charged code, while somebody waits for :meth:`Vm.between_slices`.
-_BRIEF = 100_000
 MAX_VCPUS = 255
-#: How much longer a slice is on the wall clock when no other vCPU of the machine wants to run.
-_ALONE = 6
 #: What firmware leaves in the boot CPU's local APIC: enabled, LINT0 takes the 8259's interrupts, LINT1 is NMI.
 _FIRMWARE_APIC = ((0x0F0, 0x1FF), (0x350, 0x700), (0x360, 0x400))
 #: And in the two 8259s, by offset: interrupts 0-7 are vectors 0x08 on, 8-15 are 0x70 on.
@@ -99,7 +91,7 @@ class Debugger(Protocol):
         """A vCPU has left; it goes on when this returns."""
 
 
-class Vm(VmIoctls, VmRest):
+class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
     """One machine on ``host``.
 
     ``memory``: bytes of RAM, or a text like ``64M``.
@@ -177,16 +169,7 @@ class Vm(VmIoctls, VmRest):
         self.ports.register(_DEBUG_EXIT, 4, DebugExit(lambda status: self.end("debug-exit", status)))
 
         self.runs_ahead = virtual
-        #: On the wall clock: whose slice runs, and who was kicked while it waited for its turn.
-        self._slicing: Context | None = None
-        self._kicked: set[Context] = set()
-        self._inbox: deque[Callable[[], object]] = deque()
-        self._baton = asyncio.Lock()
-        self._queued = 0
-        self._visitors = 0
-        loop = asyncio.get_running_loop()
-        self._worker = None if virtual else SliceThread(f"aiovm-{self.number}", loop, self.clock)
-        self._loop_thread = threading.get_ident()
+        self._init_slices()
         self._init_rest()
         self.memory.on_change(self._may_change_memory)
         self.engine = UnicornEngine(
@@ -211,7 +194,7 @@ class Vm(VmIoctls, VmRest):
         for slot, backend in zip(self._virtio_slots, self._backends, strict=True):
             self.mmio.register(slot.base, slot.length, backend.attach(self, self.pc.new_line(slot.gsi)))
         self._running: asyncio.Task[Outcome] | None = None
-        self._ended: asyncio.Future[Outcome] = loop.create_future()
+        self._ended: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._over = asyncio.Event()
         self.image: LoadedImage | None = None
 
@@ -527,133 +510,6 @@ class Vm(VmIoctls, VmRest):
     def tsc_to_ns(self, tsc: int) -> int:
         return tsc_to_ns(tsc, self.tsc_khz)
 
-    def call_at(self, deadline: int, callback: Callable[[], object]) -> Timer:
-        if self._worker is None:
-            return self.clock.call_at(deadline, callback)
-        return self.clock.call_at(deadline, lambda: self._enter(callback))
-
-    def _enter(self, callback: Callable[[], object]) -> None:
-        """On the wall clock: now if no slice runs, else as soon as the kicked slice has ended."""
-        if self._slicing is not None:
-            self._inbox.append(callback)
-            self.engine.kick()
-        else:
-            callback()
-
-    def _may_change_memory(self, _old: MemoryMap, _new: MemoryMap) -> None:
-        """What a slice reads in another thread stays; a device that the guest asked, in the slice itself, may."""
-        if self._slicing is not None and threading.get_ident() == self._loop_thread:
-            raise StateError("a slice reads the memory map: await vm.between_slices() before it is changed")
-
-    @property
-    def slice_runs(self) -> bool:
-        return self._slicing is not None
-
-    def kick_slice(self, context: Context) -> None:
-        if self._slicing is context:
-            self.engine.kick()
-        else:
-            self._kicked.add(context)
-
-    async def between_slices(self) -> None:
-        """Return when no slice runs, and none will before the caller waits again: memory may be changed then."""
-        if self._slicing is not None:
-            self.engine.kick()  # who wakes goes first, as on a busy kernel
-        self._visitors += 1
-        try:
-            await self._baton.acquire()
-        finally:
-            self._visitors -= 1
-        self._baton.release()
-
-    async def run_slice(self, context: Context, budget: int) -> Exit:
-        self._queued += 1
-        try:
-            await self._baton.acquire()
-        finally:
-            self._queued -= 1
-        try:
-            if context in self._kicked:
-                self._kicked.discard(context)
-                return Interrupted()
-            if self._visitors:  # they came when no slice ran that could be kicked
-                budget = min(budget, _BRIEF)
-            elif not self._queued:  # who comes meanwhile and wakes from a sleep ends it by a kick
-                budget *= _ALONE
-            self._slicing = context
-            assert self._worker is not None
-            try:
-                return await self._worker.call(context.run, self.cells[0] + budget, self.engine.kick)
-            finally:
-                self._slicing = None
-                while self._inbox:
-                    self._inbox.popleft()()
-                self._kicked.discard(context)  # it is out of guest mode
-        finally:
-            self._baton.release()
-
-    # ---- interrupts ----------------------------------------------------------------------------------------------
-
-    def deliver_ipi(self, source: Vcpu, message: IpiMessage) -> None:
-        self._send(source, message)
-
-    def _send(self, source: Vcpu, message: IpiMessage) -> int:
-        """How many local APICs it goes to."""
-        if self.trace.on:
-            self.trace.emit(
-                self.clock.now(), Kind.IPI, source.thread.number, message.mode << 8 | message.vector, message.dest
-            )
-        targets = self.apic_map.targets(message, source.index)
-        for index in targets:
-            target = self.vcpus[index]
-            if target is source:
-                self._accept_at_once(source, target, message)
-            else:
-                self.post(self.clock.now() + self.costs.ipi_ns, partial(self._accept, source, target, message))
-        return len(targets)
-
-    def _accept(self, source: Vcpu | None, target: Vcpu, message: IpiMessage) -> None:
-        target.accept_apic(
-            message.mode,
-            message.vector,
-            level=message.level,
-            trigger_level=message.trigger_level,
-            source=-1 if source is None else source.thread.number,
-        )
-
-    def _accept_at_once(self, source: Vcpu | None, target: Vcpu, message: IpiMessage) -> None:
-        """Inside the target's own slice, which takes it behind the instruction."""
-        self._accept(source, target, message)
-        target.port.update_irq_window()
-        if message.mode is DeliveryMode.NMI:
-            target.process_nmi()  # now: by the window's time it may be unmasked, and more would be remembered
-            target.context.request_nmi_window(wanted=True)
-
-    def apic_map_changed(self) -> None:
-        self.apic_map.recalculate()
-
-    def deliver_message(self, message: IpiMessage) -> int:
-        """A message of the I/O APIC's or an MSI: how many local APICs take it, -1 when none is addressed."""
-        targets = self.apic_map.targets(message, None)
-        now = self.clock.now()
-        for index in targets:
-            target = self.vcpus[index]
-            # On the wall clock the slice runs in another thread, and what comes in waits for its end.
-            if target.answering and self.runs_ahead:
-                self._accept_at_once(None, target, message)
-            else:
-                self.post(now, partial(self._accept, None, target, message))
-        return len(targets) or -1
-
-    def broadcast_eoi(self, vector: int, *, level: bool) -> None:
-        self.pc.broadcast_eoi(vector, level=level)
-
-    def pic_pending(self, vcpu: Vcpu) -> bool:
-        return self.pc.pending(vcpu)
-
-    def pic_vector(self, vcpu: Vcpu) -> int:
-        return self.pc.pic.acknowledge()
-
     def unclaimed_in(self, vcpu: Vcpu, port: int, size: int) -> int:
         if self.trace.on:
             self.trace.emit(self.clock.now(), Kind.UNKNOWN_ACCESS, vcpu.thread.number, port, 0)
@@ -662,37 +518,6 @@ class Vm(VmIoctls, VmRest):
     def unclaimed_out(self, vcpu: Vcpu, port: int, size: int, value: int) -> None:
         if self.trace.on:
             self.trace.emit(self.clock.now(), Kind.UNKNOWN_ACCESS, vcpu.thread.number, port, value)
-
-    # ---- paravirtual ---------------------------------------------------------------------------------------------
-
-    def _by_apic_id(self, apic_id: int) -> Vcpu | None:
-        return next((v for v in self.vcpus if v.apic.hw_enabled and v.apic.apic_id == apic_id), None)
-
-    def pv_kick(self, source: Vcpu, apic_id: int) -> None:
-        target = self._by_apic_id(apic_id)
-        if target is not None:
-            target.pv_unhalt(source.thread.number)
-            source.sched_yield_to(target.index)
-
-    def pv_sched_yield(self, source: Vcpu, apic_id: int) -> None:
-        target = self._by_apic_id(apic_id)
-        if target is not None:
-            source.sched_yield_to(target.index)
-
-    def hypercall(self, vcpu: Vcpu, number: int, args: tuple[int, int, int, int]) -> int:
-        if number == HypercallNumber.CLOCK_PAIRING:
-            return clock_pairing(self.memory, args[0], args[1], self.wall_ns(), vcpu.tsc.read(self.read_tsc()))
-        wanted = decode_send_ipi(args, long_mode=vcpu.context.state.long_mode)
-        if isinstance(wanted, int):
-            return wanted
-        mode = DeliveryMode(wanted.delivery_mode)
-        level, trigger = bool(wanted.icr & 0x4000), bool(wanted.icr & 0x8000)
-        present = {lapic.apic_id for lapic in self.lapics if lapic.hw_enabled}  # none of these ids is a broadcast
-        return sum(
-            self._send(vcpu, IpiMessage(wanted.vector, mode, False, level, trigger, Shorthand.NONE, apic_id))
-            for apic_id in wanted.apic_ids
-            if apic_id in present
-        )
 
     # ---- for people ------------------------------------------------------------------------------------------------
 
