@@ -10,8 +10,7 @@ Rules:
   INIT/SIPI bits, ``pv_unhalted`` and the kick, in the order data, request, kick.
 * The last look at ``requests`` comes after ``mode`` is IN_GUEST. On the virtual loop nothing can come between; on the
   wall clock a kick that finds IN_GUEST lowers the slice's limit, so one of the two always sees the other.
-* The wait queue is an ``asyncio.Event``: clear, test, wait, with no await between clear and test. Together with the
-  sticky kick token no wake-up can be missed.
+* Halting and waking: :mod:`aiovm.vcpu_halt`.
 * In virtual time ``mode`` stays IN_GUEST until the loop has reached the slice's end.
 * On the wall clock a sibling's slice may run when this coroutine wakes: it waits for that slice's end first
   (``vm.between_slices``), and does not wait again before its own.
@@ -28,12 +27,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from aiovm.clock import FOREVER, Alarm
-from aiovm.engine.base import Seg, Segment
 from aiovm.errors import StateError
 from aiovm.events import EventQueue
 from aiovm.exits import BUDGET, Budget, Exit, Hlt, Interrupted, Mmio, PauseLoop, Pio, TprAccess
 from aiovm.guest_debug import Breakpoint, DebugControl, breakpoints
-from aiovm.halt_poll import adapt, begin
 from aiovm.kvm_run import KvmRun
 from aiovm.kvm_structs import MpState
 from aiovm.lapic_message import Accepted, DeliveryMode
@@ -46,6 +43,7 @@ from aiovm.spin import PleWindow, on_spin
 from aiovm.trace import Kind
 from aiovm.tsc import GuestTsc
 from aiovm.vcpu_arch import VcpuArch
+from aiovm.vcpu_halt import VcpuHalt
 from aiovm.vcpu_io import UserIo
 from aiovm.vcpu_msrs import VcpuMsrs
 from aiovm.vcpu_requests import VcpuRequests
@@ -67,7 +65,6 @@ _MAX_SLICE = 1_000_000
 #: What ends a directed yield's idea that a blocked vCPU is not worth boosting (``kvm_arch_dy_runnable``).
 _DY_REQUESTS = 1 << Request.NMI | 1 << Request.SMI | 1 << Request.EVENT
 _NMI_OR_SMI = 1 << Request.NMI | 1 << Request.SMI
-_UNBLOCK = 1 << Request.UNBLOCK
 
 
 @dataclass(slots=True)
@@ -98,7 +95,7 @@ class VcpuStat:
     kicks: int = 0
 
 
-class Vcpu(VcpuRequests, VcpuIoctls):
+class Vcpu(VcpuHalt, VcpuRequests, VcpuIoctls):
     """One virtual CPU. Make it through :class:`aiovm.vm.Vm`.
 
     Attributes carry KVM's names; docs/kvm-map.md says what each is for.
@@ -555,18 +552,6 @@ class Vcpu(VcpuRequests, VcpuIoctls):
                 return exit_
         return self.mmio.posted[0] if self.mmio.posted else None
 
-    def _halt(self, exit_: Hlt) -> None:
-        """``kvm_emulate_halt``: not at all when something is pending already."""
-        self.stat.halt_exits += 1
-        trace = self.vm.trace
-        if trace.on:
-            now = self.vm.clock.now()
-            trace.emit(now, Kind.HALT, self.thread.number, self.context.state.rip, int(exit_.interrupts_enabled))
-        if self._runnable():
-            self.pv_unhalted = False
-        else:
-            self._set_mp_state(MpState.HALTED)
-
     def _on_spin(self, exit_: PauseLoop) -> None:
         """``kvm_vcpu_on_spin``: give the CPU to a sibling that may hold what this one waits for."""
         vm = self.vm
@@ -620,30 +605,7 @@ class Vcpu(VcpuRequests, VcpuIoctls):
         ):
             self.stat.directed_yield_successful += 1
 
-    # ---- halted --------------------------------------------------------------------------------------------------
-
-    def _set_mp_state(self, state: MpState) -> None:
-        """The one place that writes ``mp_state``; becoming RUNNABLE consumes the kick token (6.16)."""
-        self.mp_state = state
-        if state is MpState.RUNNABLE:
-            self.pv_unhalted = False
-        trace = self.vm.trace
-        if trace.on:
-            trace.emit(self.vm.clock.now(), Kind.MP_STATE, self.thread.number, state, 0)
-
-    def _running(self) -> bool:
-        """``kvm_vcpu_running``: enter the guest, else block."""
-        return self.mp_state is MpState.RUNNABLE and not self.pv.apf.halted
-
-    def _runnable(self) -> bool:
-        """``kvm_arch_vcpu_runnable`` for a vCPU that is not running: a wake condition holds.
-
-        Who waits for a SIPI is woken by INIT and SIPI alone, as on a processor; KVM spins when anything else comes.
-        """
-        starts = self.apic.pending_events and not self.events.s.smm
-        if self.mp_state is MpState.UNINITIALIZED or self.mp_state is MpState.INIT_RECEIVED:
-            return starts
-        return self.pv_unhalted or starts or self._has_events() or self.pv.apf.completions
+    # ---- events, reset -----------------------------------------------------------------------------------------------
 
     def _has_events(self) -> bool:
         if self.requests.bits & _NMI_OR_SMI or self._nmi_deliverable():
@@ -653,95 +615,6 @@ class Vcpu(VcpuRequests, VcpuIoctls):
 
     def _nmi_deliverable(self) -> bool:
         return bool(self.events.s.nmi_pending) and not self.context.state.nmi_masked
-
-    def _block_ends(self) -> bool:
-        """``kvm_vcpu_check_block``: also a timer that fired, a request to unblock, an interruption."""
-        return (
-            self._runnable()
-            or self.apic.has_pending_timer()
-            or self._interrupted
-            or bool(self.requests.bits & _UNBLOCK)
-        )
-
-    async def _block(self) -> None:
-        """``kvm_vcpu_halt`` and ``kvm_vcpu_block``: poll while nobody else wants the CPU, then sleep."""
-        vm, thread, stat = self.vm, self.thread, self.stat
-        clock, host = vm.clock, vm.host
-        began = clock.now()
-        halted = self.mp_state is MpState.HALTED
-        self.halt_poll_ns = begin(self.halt_poll_ns, vm.halt_poll_ns)
-        may_poll = halted and self.pv.halt_poll_allowed
-        if may_poll and self.halt_poll_ns and not self._block_ends():
-            await self._poll_for_wakeup(began)
-        while not self._block_ends() and not thread.resched:
-            slept = clock.now()
-            host.block(thread)
-            self.blocking = True
-            self.wq.clear()
-            # Invariant: no await between clear and test; whoever kicks after the test sets the event.
-            if self._block_ends():
-                host.wake(thread)
-            else:
-                await self.wq.wait()
-            self.blocking = False
-            await thread.alarm
-            stat.halt_wait_ns += clock.now() - slept
-            if not self._runs_ahead:
-                await vm.between_slices()
-        if may_poll:
-            self.halt_poll_ns = adapt(self.halt_poll_ns, clock.now() - began, vm.halt_poll_ns, vm.halt_poll_params)
-        self.requests.clear_request(Request.UNBLOCK)
-        self._accept_apic_events()
-        if self._runnable():
-            if self.mp_state is MpState.HALTED:
-                self._set_mp_state(MpState.RUNNABLE)
-            if self.mp_state is MpState.RUNNABLE:
-                self.pv.apf.wake()
-
-    async def _poll_for_wakeup(self, began: int) -> None:
-        """Halt polling: stay on the CPU for up to ``halt_poll_ns``, as long as nobody waits for it."""
-        vm, stat = self.vm, self.stat
-        window = self.halt_poll_ns
-        if not vm.host.is_single_task(self.thread):
-            return
-        stat.halt_attempted_poll += 1
-        self._polling = True
-        try:
-            while not self._block_ends() and not self.thread.resched and vm.host.is_single_task(self.thread):
-                if vm.clock.now() >= began + window:
-                    break
-                await self._poll.until(began + window)
-                if not self._runs_ahead:
-                    await vm.between_slices()
-        finally:
-            self._polling = False
-        polled = vm.clock.now() - began
-        success = self._block_ends()
-        if success:
-            stat.halt_successful_poll += 1
-            stat.halt_poll_success_ns += polled
-        else:
-            stat.halt_poll_fail_ns += polled
-        if vm.trace.on:
-            vm.trace.emit(vm.clock.now(), Kind.HALT_POLL, self.thread.number, polled, int(success))
-
-    def _accept_apic_events(self) -> None:
-        """``kvm_apic_accept_events``: INIT, then SIPI."""
-        apic = self.apic
-        if not apic.pending_events:
-            return
-        if self.events.s.smm:
-            apic.take_sipi()  # in SMM an INIT stays latched, and a SIPI is lost
-            return
-        if apic.take_init():
-            self._reset(init=True)
-            self._set_mp_state(MpState.RUNNABLE if apic.is_bsp else MpState.INIT_RECEIVED)
-        vector = apic.take_sipi()
-        if vector is not None and self.mp_state is MpState.INIT_RECEIVED:
-            state = self.context.state
-            state.set_segment(Seg.CS, Segment(vector << 8, vector << 12, 0xFFFF, 0x9B00))
-            state.rip = 0
-            self._set_mp_state(MpState.RUNNABLE)
 
     def _reset(self, *, init: bool) -> None:
         """``kvm_vcpu_reset`` (``arch/x86/kvm/x86.c`` of Linux 6.16): INIT turns the paravirtual records off as well."""

@@ -62,7 +62,7 @@ FLOORS = {
 #: A protocol may name, for the type checker, what stands above it.
 NAMED_FROM_BELOW = {("machine", "loop"), ("engine.base", "events")}
 
-ASYNCIO = ("clock", "slice_thread", "loop", "vcpu", "vm", "vm_rest", "vm_slices", "console")
+ASYNCIO = ("clock", "slice_thread", "loop", "vcpu", "vcpu_halt", "vm", "vm_rest", "vm_slices", "console")
 HOST_TIME = ("clock",)
 RANDOM = ("loop", "policy.*", "sim.machine", "backends.entropy")
 #: Extensions in C; they import nothing.
