@@ -86,6 +86,8 @@ typedef struct {
     int64_t returned;        /* the block that is the IRET alone has begun */
     int64_t counted;         /* the slice is of so many instructions; 0: it is not */
     void *uc;
+    int (*leave)(void *, uint32_t); /* the core's look whether to leave, which does not come back then; null: it looks itself */
+    void *translation;       /* the core's TCGContext; null: no block hook was put into a block yet */
     uint64_t *efer;
     int32_t *direction;      /* -1 while RFLAGS.DF is set, else 1 */
     const uint32_t *error_code;

@@ -31,6 +31,8 @@ Rules (both hooks follow them; tests compare them):
   does so by standing before the core's page walk (:meth:`Budget.spare_stores`); guests cannot see it, so there is no
   twin. From there it also keeps the host's clock out of the TLB's size. And at each new translation it looks for the
   page's TLB entry where that can be, not in the whole TLB (:mod:`~aiovm.engine.unicorn.calls`).
+* A translated block begins with the block hook and with the core's look whether to leave. The C hook looks too, and
+  leaves by the core's function; so blocks are translated without the second call.
 
 ``NATIVE`` says whether the C extension was built.
 """
@@ -86,6 +88,15 @@ _EVENTS: Final = frozenset(
     0x100 + code for code in (*range(Intercept.EXCEPTION, Intercept.EXCEPTION + 32), Intercept.VINTR, Intercept.SWINT)
 )
 PAUSE: Final = 0x100 + Intercept.PAUSE
+
+# The core's own functions before which the C hooks stand.
+_TLB_FILL: Final = "x86_cpu_tlb_fill_x86_64"
+_NEW_CODE: Final = "tlb_reset_dirty_by_vaddr_x86_64"
+_LEAVE: Final = "helper_check_exit_request_x86_64"
+_CALL: Final = "tcg_gen_callN_x86_64"
+_INLINE_HOOK: Final = "uc_add_inline_hook_x86_64"
+#: How much of ``uc_struct`` is searched for its pointer to the last one, in words.
+_UC_WORDS: Final = 0x100
 #: The core's interrupt numbers are below; 0, which it does not use, is a fault that a carried instruction has raised.
 INTERRUPTS: Final = 0x200
 FAULTED: Final = 0
@@ -150,6 +161,8 @@ class BudgetStruct(ctypes.Structure):
         ("returned", c_int64),
         ("counted", c_int64),
         ("uc", c_void_p),
+        ("leave", c_void_p),
+        ("translation", c_void_p),
         ("efer", c_void_p),
         ("direction", c_void_p),
         ("error_code", c_void_p),
@@ -177,6 +190,7 @@ class BudgetStruct(ctypes.Structure):
         tsc_offset: int
         cr3_width: int
         exit_cost: int
+        uc: int
         port: GuestPort
         uc: int | None
         fault_address: int
@@ -297,15 +311,17 @@ class Budget:
                     "the native block hook is not built: install with a C compiler, or use the Python twin"
                 )
             s.start = lib.address_of(lib.uc_emu_start)
-            fill = lib.internal("x86_cpu_tlb_fill_x86_64")
-            *hooks, size = _budget.addresses(fill, CPU_TLB)
+            core = [lib.internal(name) for name in (_TLB_FILL, _LEAVE, _CALL, _INLINE_HOOK)]
+            *hooks, size = _budget.addresses(core[0], CPU_TLB, *core[1:])
             assert size == ctypes.sizeof(BudgetStruct)
-            self.on_block, self.on_interrupt, self.on_translate, self._on_fill, self._on_new_code, self._enter = hooks[
-                :6
-            ]
+            self.on_block = hooks[0 if env else 1]
             if env:
-                self.on_in, self.on_out = hooks[6:8]
-            self.on_mmio_read, self.on_mmio_write = hooks[8:]
+                s.leave = core[1]  # other cores' blocks may have been shortened already
+            self.on_interrupt, self.on_translate, self._on_fill, self._on_new_code = hooks[2:6]
+            self._on_call, self._on_inline_hook, self._enter = hooks[6:9]
+            if env:
+                self.on_in, self.on_out = hooks[9:11]
+            self.on_mmio_read, self.on_mmio_write = hooks[11:]
         else:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
             self._eip = ctypes.c_uint64.from_address(env + Env.EIP) if env else None
@@ -388,13 +404,23 @@ class Budget:
         entries = [t.entries + (seen >> 12 - TLB_ENTRY_BITS & t.mask) for t in tables]
         codes = [ctypes.c_uint64.from_address(entry + TLB_CODE).value for entry in entries]
         fills = (ctypes.c_uint64 * 2).from_address(ctypes.c_uint64.from_address(cpu + CPU_CLASS).value + CLASS_TLB_FILL)
-        if seen & -PAGE in codes and list(fills) == [lib.internal("x86_cpu_tlb_fill_x86_64")] * 2:
+        if seen & -PAGE in codes and list(fills) == [lib.internal(_TLB_FILL)] * 2:
             self.struct.tlb = cpu + CPU_TLB
             self.struct.flush_tlb = lib.internal("tlb_flush_x86_64")
             self.struct.cpu = cpu
             fills[0] = self._on_fill
-            if new_code := calls.slot("tlb_reset_dirty_by_vaddr_x86_64"):
+            if new_code := calls.slot(_NEW_CODE):
                 ctypes.c_uint64.from_address(new_code).value = self._on_new_code
+            self._shorten_blocks()
+
+    def _shorten_blocks(self) -> None:
+        """Blocks translated from now on leave the look whether to leave to the block hook, which has no name twice."""
+        call = calls.slot(_CALL)
+        words = (c_uint64 * _UC_WORDS).from_address(self.struct.uc)
+        hooks = [at for at, word in enumerate(words) if word == lib.internal(_INLINE_HOOK)]
+        if self.struct.leave and call and len(hooks) == 1:
+            ctypes.c_uint64.from_address(call).value = self._on_call
+            words[hooks[0]] = self._on_inline_hook
 
     def forget_code(self) -> None:
         """Every translation was thrown away, of code and of addresses."""

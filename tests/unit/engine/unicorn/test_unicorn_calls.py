@@ -9,6 +9,7 @@ from core_machine import DATA, Machine, code
 from aiovm.engine.unicorn import calls, lib
 from aiovm.engine.unicorn.budget import NATIVE, _TlbTable
 from aiovm.engine.unicorn.layout import CPU_TLB, MMU_MODES
+from aiovm.exits import BUDGET, Interrupted
 
 NAME = "tlb_reset_dirty_by_vaddr_x86_64"
 
@@ -73,6 +74,24 @@ def test_new_code_is_looked_for_where_it_can_be(core, seed):
     function_at(ours)(cpu, start, length)
     assert [bytes(view) for view in tables + victims] == theirs
     assert (theirs != before) is (length > 0)
+
+
+@pytest.mark.parametrize("pointers", [True, False])
+def test_a_block_looks_once_whether_to_leave(pointers):
+    """Also in the first block of a core that is opened when another one has shortened its own."""
+    machine = Machine(code("ebfe"), native=True)  # jmp to itself
+    assert machine.run(100) == BUDGET
+    assert ctypes.c_uint64.from_address(calls.slot("tcg_gen_callN_x86_64")).value != lib.internal(
+        "tcg_gen_callN_x86_64"
+    )
+    assert machine.engine.budget.struct.translation
+    other = Machine(code("ebfe"), native=True, pointers=pointers)
+    assert other.run(100) == BUDGET
+    assert bool(other.engine.budget.struct.leave) is pointers
+    other.engine.kick()
+    assert other.run(200) == Interrupted()
+    for core in (machine, other):
+        core.engine.close()
 
 
 def test_what_is_not_called_through_a_slot_has_none():
