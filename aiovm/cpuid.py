@@ -1,4 +1,4 @@
-"""The CPU model that guests see: what this core executes, and nothing more (SDM vol. 2A, CPUID).
+"""The CPU model that guests see: what the engine executes, and nothing more (SDM vol. 2A, CPUID).
 
 The base is a Haswell. Taken away: what the core does not execute (AVX, FMA, F16C, MONITOR, MTRR and machine check,
 which nobody implements here), ERMS (``rep movsb`` runs a byte an iteration, so guests should prefer wide moves) and

@@ -2,7 +2,8 @@
 
 By default the kernel is unpacked here and loaded as the ELF file that it is: it starts at once, where the guest's own
 decompressor would run for many emulated seconds. With ``unpack=False`` the decompressor runs, at the address that the
-kernel prefers (a relocatable kernel may move up from it), through the entry 0x200 bytes into its code.
+kernel prefers (a relocatable kernel may move up from it), through the entry 0x200 bytes into its code. So does an image
+that holds no packed kernel (its payload has no bytes: MemTest86+).
 
 Source: Documentation/arch/x86/boot.rst (Linux 6.16); header fields by their offset there. Modelled: protocol 2.08 and
 later (payload fields), 2.12 and later for ``unpack=False`` (the 64-bit entry). Not modelled: 32-bit kernels, the
@@ -55,8 +56,10 @@ def load(request: LoadRequest) -> LoadedImage:
     setup = request.piece(SETUP, 0x11 + request.image[0x201], "setup header")
     release = _release(request)
     check(request, code_at, release)
-    if request.unpack:
-        rip, how, symbols = _load_unpacked(request, code_at)
+    payload, length = request.fields("II", 0x248, "setup header")
+    if request.unpack and length:
+        kernel = request.piece(code_at + payload, length, "payload")
+        rip, how, symbols = _load_unpacked(request, kernel)
     else:
         rip, how, symbols = _load_packed(request, code_at, version)
     (initrd_max,) = request.fields("I", 0x22C, "setup header")
@@ -72,9 +75,8 @@ def load(request: LoadRequest) -> LoadedImage:
     )
 
 
-def _load_unpacked(request: LoadRequest, code_at: int) -> tuple[int, str, Symbols]:
-    offset, length = request.fields("II", 0x248, "setup header")
-    codec, kernel = unpack(request, request.piece(code_at + offset, length, "payload"))
+def _load_unpacked(request: LoadRequest, payload: memoryview) -> tuple[int, str, Symbols]:
+    codec, kernel = unpack(request, payload)
     inner = dataclasses.replace(request, image=kernel)
     image = elf.parse(inner)
     if image.bits != 64:

@@ -79,7 +79,7 @@ def unpack(request: LoadRequest, payload: memoryview) -> tuple[str, bytes]:
     head = bytes(payload[:8])
     found = next((codec for codec in _CODECS if head.startswith(codec[0])), None)
     if found is None:
-        raise request.refuse(f"payload begins with {head.hex(' ') or 'nothing'}: no codec that is known here")
+        raise request.refuse(f"payload begins with {head.hex(' ')}: no codec that is known here")
     _, name, package, function = found
     if size > _LARGEST:
         raise request.refuse(f"{name} payload says that it unpacks to {size:#x} bytes")

@@ -3,9 +3,9 @@
 The core says where an intercepted instruction stands, not what it looked like: prefixes make it longer, ModRM names a
 register or memory. Everything else is executed by the core and never comes here.
 
-Modelled: legacy prefixes, REX, one- and two-byte opcodes, ModRM, SIB, displacements, 8-bit immediates of intercepted
-instructions. Not modelled: VEX, three-byte opcodes, other immediates (no intercepted instruction has one; of others the
-memory operand is asked alone, and the length is short by the immediate).
+Modelled: legacy prefixes, REX, opcodes of one and two bytes and of the map 0F 38, ModRM, SIB, displacements, 8-bit
+immediates of intercepted instructions. Not modelled: VEX, the map 0F 3A, other immediates (no intercepted instruction
+has one; of others the memory operand is asked alone, and the length is short by the immediate).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _WITH_MODRM: Final = frozenset(
     | set(range(0x0F40, 0x0F80)) - {0x0F77} | set(range(0x0F90, 0x0FA0)) | {0x0FA3, 0x0FA4, 0x0FA5}
     | set(range(0x0FAB, 0x0FC8)) | set(range(0x0FD0, 0x0FFF))
 )  # fmt: skip
+_MAP_0F38: Final = 0x0F38
 _REGISTERS_ALONE: Final = range(0x0F20, 0x0F24)
 #: Opcodes with an 8-bit immediate (IN, OUT, INT n).
 _WITH_IMM8: Final = frozenset({0xE4, 0xE5, 0xE6, 0xE7, 0xCD})
@@ -42,7 +43,7 @@ _M64: Final = (1 << 64) - 1
 
 
 class Instruction(NamedTuple):
-    """One decoded instruction. Sizes are in bytes; ``opcode`` of the two-byte map is 0x0Fxx."""
+    """One decoded instruction. Sizes are in bytes; ``opcode`` of the two-byte map is 0x0Fxx, behind 0F 38 0x0F38xx."""
 
     length: int
     opcode: int
@@ -105,10 +106,13 @@ def decode(code: bytes, mode: int) -> Instruction | None:
         if byte == 0x0F:
             opcode = 0x0F00 | code[at]
             at += 1
+            if opcode == _MAP_0F38:
+                opcode = _MAP_0F38 << 8 | code[at]
+                at += 1
         if opcode in _WITH_IMM8:
             immediate = code[at]
             return Instruction(at + 1, opcode, operand_size, address_size, segment, rep, lock, immediate=immediate)
-        if opcode not in _WITH_MODRM:
+        if opcode not in _WITH_MODRM and opcode >> 8 != _MAP_0F38:
             return Instruction(at, opcode, operand_size, address_size, segment, rep, lock)
         modrm = code[at]
         at += 1
@@ -207,7 +211,7 @@ def leaves_the_stack(cpu: CpuState, insn: Instruction) -> bool:
     rsp = cpu.gpr[Reg.RSP]
     if insn.opcode == _LEAVE:
         return not is_canonical(cpu.gpr[Reg.RBP])
-    names_memory = insn.opcode in _WITH_MODRM and not insn.is_register
+    names_memory = (insn.opcode in _WITH_MODRM or insn.opcode >> 8 == _MAP_0F38) and not insn.is_register
     if names_memory and insn.segment is None and insn.base in (Reg.RSP, Reg.RBP):
         return not is_canonical(effective_address(cpu, insn))
     if insn.opcode in _STACK_OPCODES or (insn.opcode == 0xFF and insn.reg & 7 in _GROUP5_STACK) or insn.opcode == 0x8F:

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import DescriptorTable, Seg
 from aiovm.engine.unicorn.budget import FAULTED, INTERRUPTS
-from aiovm.engine.unicorn.decode import Instruction, decode, effective_address, leaves_the_stack
+from aiovm.engine.unicorn.decode import Instruction, decode, leaves_the_stack
 from aiovm.engine.unicorn.layout import Env, Hf, Intercept
-from aiovm.engine.unicorn.system_store import store_system
+from aiovm.engine.unicorn.operand import load_operand, store_operand
+from aiovm.engine.unicorn.system_store import store_register, store_system
 from aiovm.errors import EngineError
 from aiovm.events import EventKind
 from aiovm.memory import PAGE
-from aiovm.mmu import IoNeeded, read_virt_u
-from aiovm.page_walk import PageFault, PagingRegs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +45,7 @@ _DR6_BS: Final = 1 << 14
 _WITH_ERROR: Final = frozenset({8, 10, 11, 12, 13, 14, 17})
 _LONGEST: Final = 15
 _CALLS: Final = frozenset({0xC1, 0xD9})  # VMCALL, VMMCALL
+_MOVBE_LOAD, _MOVBE_STORE = 0x0F38F0, 0x0F38F1
 _PLAIN_CALLS: Final = frozenset({0xC1_010F, 0xD9_010F})
 
 
@@ -236,7 +236,7 @@ class Intercepts:
         )
 
     def _meant(self, context: UnicornContext) -> bool:
-        """Whether an instruction that the core does not know is a hypercall or INT1; then it is done."""
+        """Whether an instruction that the core does not know is a hypercall, INT1 or MOVBE; then it is done."""
         insn = self.decode(context)
         if insn is None:
             return False
@@ -248,7 +248,25 @@ class Intercepts:
         if insn.opcode == 0xF1 and not insn.lock:
             context.port.on_soft_interrupt(1, insn.length, EventKind.ICEBP)
             return True
+        if insn.opcode in (_MOVBE_LOAD, _MOVBE_STORE) and not (insn.is_register or insn.rep or insn.lock):
+            self._movbe(context, insn)
+            return True
         return False
+
+    def _movbe(self, context: UnicornContext, insn: Instruction) -> None:
+        """The core's own would take registers for memory, so it has none (SDM vol. 2B, MOVBE)."""
+        state, memory, size = context.state, self._engine.memory, insn.operand_size
+        if insn.opcode == _MOVBE_LOAD:
+            value = load_operand(context, memory, insn, size)
+            if value is None:
+                return
+            swapped = int.from_bytes(value.to_bytes(size, "little"), "big")
+            store_register(state, insn.reg, swapped, size)
+        else:
+            low: int = state.q[insn.reg] & (1 << 8 * size) - 1
+            if not store_operand(context, memory, insn, low.to_bytes(size, "big")):
+                return
+        self.skip(context, insn.length)
 
     def _soft_interrupt(self, context: UnicornContext, _number: int) -> None:
         insn = self.decode(context)
@@ -364,23 +382,10 @@ class Intercepts:
         return insn
 
     def _operand(self, context: UnicornContext, insn: Instruction, size: int = 2, *, offset: int = 0) -> int | None:
-        """A 16-bit register, or ``size`` bytes of the memory operand; None: its page fault was raised.
-
-        Where no memory is, the device's; but the embedding program's own devices cannot be asked here: all ones.
-        """
-        state = context.state
+        """A 16-bit register, or ``size`` bytes of the memory operand; None: its fault was raised."""
         if insn.is_register:
-            return state.q[insn.rm] & 0xFFFF
-        regs = PagingRegs.of(state)
-        address = effective_address(state, insn) + offset & (_M64 if state.long_mode else _M32)
-        value = read_virt_u(self._engine.memory, regs, address, size, regs.data_access())
-        if isinstance(value, PageFault):
-            context.port.on_exception(14, value.error_code, value.address)
-            return None
-        if isinstance(value, IoNeeded):
-            ones = (1 << 8 * size) - 1
-            return ones if context.port.is_users(value.gpa, size) else context.port.on_mmio_read(value.gpa, size) & ones
-        return value
+            return context.state.q[insn.rm] & 0xFFFF
+        return load_operand(context, self._engine.memory, insn, size, offset=offset)
 
     # ---- the entry from the core -------------------------------------------------------------------------------------
 

@@ -7,8 +7,6 @@ Rules:
   size of 16 bits keeps three.
 * The others store 16 bits to memory. To a register they store as wide as the operand size says: selectors are extended
   with zeros, and SMSW stores all of CR0, as processors do (the manual leaves the upper half undefined).
-
-Where no memory is, the device gets what is stored; nothing goes to the embedding program's own devices.
 """
 
 from __future__ import annotations
@@ -16,9 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.base import Seg
-from aiovm.engine.unicorn.decode import effective_address
-from aiovm.mmu import IoNeeded, write_virt
-from aiovm.page_walk import PageFault, PagingRegs
+from aiovm.engine.unicorn.operand import store_operand
 
 if TYPE_CHECKING:
     from aiovm.engine.unicorn.context import UnicornContext
@@ -26,7 +22,7 @@ if TYPE_CHECKING:
     from aiovm.engine.unicorn.state import EnvState
     from aiovm.memory import GuestMemory
 
-__all__ = ["store_system"]
+__all__ = ["store_register", "store_system"]
 
 _UMIP: Final = 1 << 11
 #: The opcode with ModRM.reg's low bits, for those that store a word.
@@ -44,7 +40,7 @@ def store_system(context: UnicornContext, memory: GuestMemory, insn: Instruction
     if which in (_SLDT, _STR, _SMSW):
         value = state.cr0 if which == _SMSW else state.segment(Seg.LDTR if which == _SLDT else Seg.TR).selector
         if insn.is_register:
-            _store_register(state, insn, value)
+            store_register(state, insn.rm, value, insn.operand_size)
             return True
         pieces = [value.to_bytes(8, "little")[:2]]
     else:
@@ -53,26 +49,11 @@ def store_system(context: UnicornContext, memory: GuestMemory, insn: Instruction
         if insn.operand_size == 2 and width == 4:
             base &= 0xFF_FFFF
         pieces = [limit.to_bytes(2, "little"), base.to_bytes(8, "little")[:width]]
-    return _store(context, memory, effective_address(state, insn), pieces)
+    return store_operand(context, memory, insn, *pieces)
 
 
-def _store_register(state: EnvState, insn: Instruction, value: int) -> None:
-    """A word keeps the register's upper bits; a doubleword clears them in 64-bit mode."""
-    if insn.operand_size == 2:
-        state.gpr[insn.rm] = state.gpr[insn.rm] & ~0xFFFF | value & 0xFFFF
-    else:
-        state.gpr[insn.rm] = value
-
-
-def _store(context: UnicornContext, memory: GuestMemory, address: int, pieces: list[bytes]) -> bool:
-    regs = PagingRegs.of(context.state)
-    refused = write_virt(memory, regs, address, b"".join(pieces), regs.data_access(write=True))
-    if isinstance(refused, PageFault):
-        context.port.on_exception(14, refused.error_code, refused.address)
-        return False
-    if isinstance(refused, IoNeeded):
-        gpa = refused.gpa
-        for piece in pieces:
-            context.port.on_mmio_write(gpa, len(piece), int.from_bytes(piece, "little"))
-            gpa += len(piece)
-    return True
+def store_register(state: EnvState, register: int, value: int, size: int) -> None:
+    """``size`` bytes: a word keeps the register's upper bits, a doubleword clears them."""
+    if size == 2:
+        value = state.gpr[register] & ~0xFFFF | value & 0xFFFF
+    state.gpr[register] = value

@@ -1,7 +1,7 @@
 """Inline exits: each reaches its answer with RIP in the right place."""
 
 import pytest
-from core_machine import CODE, DATA, Machine, code, start64
+from core_machine import CODE, DATA, NOWHERE, Machine, code, start64
 
 from aiovm.engine.base import Seg, Segment
 from aiovm.engine.unicorn import budget
@@ -362,3 +362,53 @@ def test_cr8_at_a_pages_end_and_behind_prefixes(make):
     m = make("66666666 440f20c3 f4")
     assert m.run() == Hlt(False)
     assert m.gpr[3] == 0xB
+
+
+#: The instruction; RAX and the eight bytes at DATA after it.
+MOVBE = [
+    ("0f38f003", 0x8897_A6B5, 0xF1E2_D3C4_B5A6_9788),  # movbe eax, [rbx]
+    ("480f38f003", 0x8897_A6B5_C4D3_E2F1, 0xF1E2_D3C4_B5A6_9788),  # movbe rax, [rbx]
+    ("660f38f003", 0x1122_3344_5566_8897, 0xF1E2_D3C4_B5A6_9788),  # movbe ax, [rbx]
+    ("0f38f103", 0x1122_3344_5566_7788, 0xF1E2_D3C4_8877_6655),  # movbe [rbx], eax
+    ("480f38f103", 0x1122_3344_5566_7788, 0x8877_6655_4433_2211),  # movbe [rbx], rax
+    ("660f38f103", 0x1122_3344_5566_7788, 0xF1E2_D3C4_B5A6_8877),  # movbe [rbx], ax
+]
+
+
+@pytest.mark.parametrize(("instruction", "register", "stored"), MOVBE)
+def test_movbe(make, instruction, register, stored):
+    m = make(f"48b88877665544332211 bb00000300 {instruction} f4")  # mov rax, ...; mov ebx, DATA
+    m.memory.write_u(DATA, 8, 0xF1E2_D3C4_B5A6_9788)
+    assert m.run() == Hlt(False)
+    assert m.gpr[0] == register
+    assert m.memory.read_u(DATA, 8) == stored
+
+
+def test_movbe_knows_no_registers(make):
+    m = make("0f38f0c0")  # movbe eax, eax
+    m.run()
+    if make.pointers:  # else it is the core's, which takes EAX for memory
+        assert m.seen("exception") == [(0x10000, 6, None, 0)]
+
+
+def test_movbe_of_a_page_that_is_not_there(make):
+    m = make("bb00000040 0f38f003")  # mov ebx, NOWHERE; movbe eax, [rbx]
+    m.run()
+    assert m.seen("exception") == [(0x10005, 14, 0, NOWHERE)]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "instruction", "vector"),
+    [
+        ("48bb0000000000800000", "0f0113", 13),  # mov rbx, 1 << 47; lgdt [rbx]
+        ("48bbffffffffff7f0000", "0f0113", 13),  # its last bytes
+        ("48bc0000000000800000", "0f011424", 12),  # lgdt [rsp]
+        ("48bc0000000000800000", "0f010424", 12),  # sgdt [rsp]
+        ("48bb0000000000800000", "0f0103", 13),  # sgdt [rbx]
+    ],
+)
+def test_an_operand_at_an_address_that_is_not_canonical(make, prepare, instruction, vector):
+    m = make(prepare, instruction)
+    m.run()
+    assert m.seen("exception") == [(0x1000A, vector, 0, 0)]
+    assert not m.seen("load_table")
