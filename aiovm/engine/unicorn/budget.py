@@ -190,7 +190,6 @@ class BudgetStruct(ctypes.Structure):
         tsc_offset: int
         cr3_width: int
         exit_cost: int
-        uc: int
         port: GuestPort
         uc: int | None
         fault_address: int
@@ -414,7 +413,8 @@ class Budget:
             self._shorten_blocks()
 
     def _shorten_blocks(self) -> None:
-        """Blocks translated from now on leave the look whether to leave to the block hook, which has no name twice."""
+        """Blocks translated from now on leave the look whether to leave to the block hook, which is registered once."""
+        assert self.struct.uc is not None  # since entry()
         call = calls.slot(_CALL)
         words = (c_uint64 * _UC_WORDS).from_address(self.struct.uc)
         hooks = [at for at, word in enumerate(words) if word == lib.internal(_INLINE_HOOK)]
