@@ -22,6 +22,7 @@ import ctypes
 import enum
 import mmap
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,8 @@ class Memslot:
     writable: bool
     dirty: bytearray | None = None
     seen: bytearray | None = None
+    #: The host memory was made for this slot, not given by the program.
+    own: bool = True
 
     @property
     def end(self) -> int:
@@ -154,9 +157,18 @@ class GuestMemory:
             view = view[:size]
             address = ctypes.addressof(ctypes.c_char.from_buffer(view))
             writable = not flags & SlotFlags.READONLY
-            new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, writable, *_log(view, flags, None))
+            log = _log(view, flags, None)
+            new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, writable, *log, backing is None)
         self._publish((*others, new))
         return new
+
+    def close(self) -> None:
+        """Give the system back what was made here, at once: a machine is circles of objects, and outlives its end."""
+        gone, self.map = self.map, MemoryMap(self.map.generation + 2)
+        for slot in gone.slots:
+            if slot.own and isinstance(slot.bytes_.obj, mmap.mmap):
+                with suppress(OSError):
+                    slot.bytes_.obj.madvise(mmap.MADV_REMOVE)
 
     def on_change(self, listener: Callable[[MemoryMap, MemoryMap], None]) -> None:
         """Call ``listener(old, new)`` while each update is under way (the engine maps and unmaps)."""

@@ -467,6 +467,7 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
         if self._worker is not None:
             self._worker.close()
         self.engine.close()
+        self.memory.close()
 
     def _put(self, byte: int) -> bool:
         """The serial port sends; the console takes everything at once."""

@@ -15,6 +15,8 @@ from aiovm.vm import Vm
 
 CODE, STACK, STACK0, DATA = 0x8000, 0x7_0000, 0x6_0000, 0x5_0000
 GDT, IDT, TSS, TABLES, HANDLERS = 0x1_0000, 0x1_1000, 0x1_3000, 0x2_0000, 0x1_8000
+#: What :meth:`End.read` can read; the second is SMRAM's last page.
+KEPT = (GDT, 0x3_F000, DATA)
 CODE0, DATA0, CODE3, DATA3, TR = 0x08, 0x10, 0x1B, 0x23, 0x28
 
 GP, UD, DB, PF, NP, TS = 13, 6, 1, 14, 11, 10
@@ -45,6 +47,7 @@ class End:
     segments: dict[Seg, Segment]
     now: int
     vm: Vm
+    pages: dict[int, bytes]
     extra: object = None
     frame: tuple[int, ...] = field(default=())
 
@@ -69,10 +72,13 @@ class End:
         return self.frame[3 if self.vector in (8, 10, 11, 12, 13, 14, 17) and self.mode != "real" else 2]
 
     def read(self, gpa, length):
-        return self.vm.memory.read(gpa, length)
+        """Of the pages that are kept (:data:`KEPT`): the machine itself is closed."""
+        at = gpa & 0xFFF
+        assert at + length <= 0x1000
+        return self.pages[gpa - at][at : at + length]
 
     def read_u(self, gpa, size):
-        return self.vm.memory.read_u(gpa, size)
+        return int.from_bytes(self.read(gpa, size), "little")
 
 
 def bare(code, mode="long", *, cpl=0, setup=None, look=None, regs=None, flags=2, vcpus=1, more=None, **options):
@@ -107,6 +113,7 @@ def _end(vm, mode, outcome):
     end = End(
         outcome.status, mode, list(s.gpr), s.rip, s.rflags, s.cr0, s.cr2, s.cr3, s.cr4, s.efer,
         [s.get_dr(i) for i in range(8)], s.cpl, {w: s.segment(w) for w in Seg}, outcome.now, vm,
+        {page: vm.memory.read(page, 0x1000) for page in KEPT},
     )  # fmt: skip
     width = {"real": 2, "prot": 4, "long": 8}[mode]
     sp = s.gpr[4] + s.segment(Seg.SS).base if mode != "long" else s.gpr[4]

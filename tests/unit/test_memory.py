@@ -354,3 +354,16 @@ def test_slots_have_numbers_and_reads_have_lengths():
     memory.set_region(0, 0, 0x1000)
     with pytest.raises(ConfigError, match="-1 bytes"):
         memory.read(0, -1)
+
+
+def test_closed_memory_leaves_the_programs_own_alone():
+    backing = bytearray(b"mine" + bytes(0xFFC))
+    memory = GuestMemory()
+    memory.set_region(0, 0, 0x1000)
+    memory.set_region(1, 0x1000, 0x1000, backing=backing)
+    cached = GuestPtr(memory, 0x1000, 4)
+    assert cached.read(0, 4) == b"mine"
+    memory.close()
+    assert cached.read(0, 4) is None
+    assert not memory.is_ram(0)
+    assert backing[:4] == b"mine"

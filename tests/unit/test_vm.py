@@ -1,12 +1,14 @@
 """A machine's life: which calls are allowed when, and that nothing of it is left when it is closed."""
 
 import asyncio
+import gc
 
 import pytest
 
 from aiovm.costs import Costs
 from aiovm.errors import ConfigError, DeadlockError, StateError
 from aiovm.loop import Host, run
+from aiovm.memory import NoMemory
 from aiovm.policy import POLICIES
 from aiovm.policy.fair import Fair
 from aiovm.vm import Vm
@@ -202,3 +204,28 @@ def test_costs_are_whole_and_not_negative(options):
         ConfigError, match=f"{next(iter(options))}: {next(iter(options.values()))} is not a whole number"
     ):
         Costs(**options)
+
+
+def test_a_closed_machine_gives_its_memory_back():
+    """At once, not when the collector comes by: a service that makes machines grew by all of their RAM meanwhile."""
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    async def main():
+        host = Host(1)
+        before = resident()
+        for _ in range(4):
+            async with Vm(host, memory=64 << 20) as vm:
+                vm.memory.write(0, b"x" * (64 << 20))
+            with pytest.raises(NoMemory):
+                vm.memory.read(0, 1)
+        return resident() - before
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert run(main()) < 96 << 20
+    finally:
+        gc.enable()
