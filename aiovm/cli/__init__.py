@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import site
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import structlog
@@ -108,11 +110,21 @@ def _run() -> int:
             return BAD_INPUT
         # Statuses of guests are odd, so Python's own 1 would pass for one.
         traceback.print_exc()
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        if _is_a_users(last.filename):  # a policy of theirs
+            _say(f"{last.filename}, line {last.lineno}: {type(error).__name__}: {error}")
+            return BAD_INPUT
         _say("this is a fault of aiovm's own: please report it")
         return INTERNAL
     if status == INTERRUPTED:
         _say("interrupted")
     return status
+
+
+def _is_a_users(filename: str) -> bool:
+    """Whether a file is neither ours nor installed."""
+    roots = (Path(__file__).parent.parent, *map(Path, site.getsitepackages()), Path(os.__file__).parent)
+    return Path(filename).is_file() and not any(Path(filename).is_relative_to(root) for root in roots)
 
 
 def _say(text: str) -> None:

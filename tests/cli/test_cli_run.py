@@ -248,6 +248,17 @@ def test_closed_streams():
     assert (done.stdout, done.stderr) == ("1\n2\n", "")
 
 
+def test_a_fault_in_a_users_policy_is_called_his(aiovm, tmp_path, monkeypatch):
+    module = "from aiovm.policy.base import Policy\nclass Bad(Policy):\n"
+    module += "    def select_pcpu(self, thread, now):\n        return 1 // 0\n"
+    (tmp_path / "faulty.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    status, _, lines = aiovm("run", HELLO, "--policy", "faulty:Bad")
+    assert status == 2
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith(f"aiovm: {tmp_path}/faulty.py, line 4: ZeroDivisionError: ")
+
+
 def test_version(aiovm):
     status, out, lines = aiovm("--version")
     assert (status, lines) == (0, [])
