@@ -108,8 +108,11 @@ def test_to_a_shell_in_virtual_time(vcpus, pcpus, tmp_path):
                 "Switched APIC routing to physical x2apic",
                 "APIC: Switch to symmetric I/O mode setup",
                 "ACPI: PM: (supports S0 S5)",
+                "Spectre V2 : Mitigation: Enhanced / Automatic IBRS",
             ):
                 assert fact in log
+            assert "page tables isolation: enabled" not in log
+            assert "Retpolines" not in log
             if vcpus > 1:
                 for fact in (
                     "kvm-guest: PV spinlocks enabled",
