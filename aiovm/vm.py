@@ -43,7 +43,7 @@ from aiovm.spin import SpinOptions
 from aiovm.trace import Kind
 from aiovm.tsc import ns_to_tsc, tsc_to_ns
 from aiovm.units import parse_size, whole
-from aiovm.vcpu import MpState, Vcpu
+from aiovm.vcpu import Vcpu
 from aiovm.vcpu_io import UserHandler, UserRange
 from aiovm.vm_interrupts import VmInterrupts
 from aiovm.vm_life import LIFE, LifeEvent, LifeState
@@ -525,8 +525,3 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
     def describe(self) -> str:
         """Every vCPU's state in one line."""
         return "; ".join(v.describe() for v in self.vcpus)
-
-    @property
-    def waiting_for_sipi(self) -> bool:
-        """Whether every vCPU but the first still waits to be started."""
-        return all(v.mp_state is MpState.UNINITIALIZED for v in self.vcpus[1:])

@@ -217,10 +217,6 @@ class SimMachine:
     def pic_vector(self, vcpu: Vcpu) -> int:
         return -1
 
-    @property
-    def wants_exits(self) -> bool:
-        return False
-
     def unclaimed_in(self, vcpu: Vcpu, port: int, size: int) -> int:
         return (1 << 8 * size) - 1
 

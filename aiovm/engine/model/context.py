@@ -206,10 +206,6 @@ class ModelContext:
         """STI."""
         return _sti
 
-    def disable_interrupts(self) -> None:
-        """CLI."""
-        self.rflags &= ~_IF
-
     def kick(self, index: int) -> Op:
         """KVM_HC_KICK_CPU."""
 

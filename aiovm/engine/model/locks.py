@@ -22,10 +22,9 @@ __all__ = ["Lock", "Mcs", "Node", "PreemptableTicket", "Queued", "TestAndSet", "
 
 
 class Lock:
-    """A lock of any kind. Kinds that halt need somebody to kick: ``needs_kick``."""
+    """A lock of any kind."""
 
     name = ""
-    needs_kick = False
 
     def lock(self, cpu: ModelContext) -> Program:
         """Take it."""

@@ -34,7 +34,6 @@ class PvTicket(Lock):
     """A ticket lock whose waiters halt after ``spin`` turns and are kicked by the owner before them."""
 
     name = "pvticket"
-    needs_kick = True
 
     def __init__(self, spin: int = SPIN_THRESHOLD, line_ns: int = 0) -> None:
         self.spin = spin
@@ -66,7 +65,6 @@ class PvQueued(Lock):
     """Linux's paravirtual qspinlock. ``preempted(cpu)``: ``vcpu_is_preempted``, or None where the guest lacks it."""
 
     name = "pvqspinlock"
-    needs_kick = True
 
     def __init__(
         self,
