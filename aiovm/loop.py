@@ -136,14 +136,26 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._process_events(selector.select(None))  # type: ignore[attr-defined]
 
 
+def _refuse_nesting(main: Coroutine[Any, Any, Any]) -> None:
+    """A notebook, say, has a loop already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    main.close()
+    raise StateError("an event loop runs here already: await the coroutine, and its machines live on the wall clock")
+
+
 def run(main: Coroutine[Any, Any, T], *, clock: VirtualClock | None = None) -> T:
     """Run ``main`` to its end in virtual time and return its result."""
+    _refuse_nesting(main)
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(clock)) as runner:
         return runner.run(main)
 
 
 def run_wall(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main`` on the wall clock: on uvloop where it is installed, else on asyncio's own loop."""
+    _refuse_nesting(main)
     try:
         import uvloop
     except ImportError:

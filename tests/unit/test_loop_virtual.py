@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from aiovm.clock import VirtualClock
-from aiovm.errors import DeadlockError, StallError
+from aiovm.errors import DeadlockError, StallError, StateError
 from aiovm.loop import VirtualLoop, run, run_wall
 
 
@@ -285,3 +285,17 @@ def test_run_wall_runs_on_a_real_loop():
         return isinstance(asyncio.get_running_loop(), VirtualLoop)
 
     assert run_wall(main()) is False
+
+
+@pytest.mark.parametrize("start", [run, run_wall])
+def test_a_loop_in_a_loop_is_refused(start):
+    """With no coroutine left over that nobody awaited."""
+
+    async def inner():
+        raise AssertionError
+
+    async def main():
+        with pytest.raises(StateError, match="an event loop runs here already"):
+            start(inner())
+
+    run(main())
