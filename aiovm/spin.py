@@ -174,7 +174,8 @@ def on_spin(
     """vCPU ``me`` spins: offer its CPU around, starting behind ``last_boosted``.
 
     ``yield_to(index)`` answers positive when the CPU changed hands, 0 when that vCPU could not take it, negative when
-    there is nothing to gain. A ``target`` that is not -1 is the new ``last_boosted``.
+    there is nothing to gain. A ``target`` that is not -1 is the new ``last_boosted``, once the spinner is back: KVM
+    stores it behind ``yield_to``, which calls ``schedule``.
     """
     count = len(vcpus)
     if count < 2 or not options.directed:

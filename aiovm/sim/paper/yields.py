@@ -184,8 +184,6 @@ ROWS = (
             for n in (1, 2)
         },
         _judge_7,
-        "a flush waits for every sibling, so those whom the filter passes over are needed too; and a scan at 1x costs "
-        "nothing here but 0.5 us a sibling, where 2012's host took run queue locks that 32 CPUs fought for",
     ),
     Row(
         "8",
@@ -219,7 +217,7 @@ ROWS = (
         },
         _judge_9,
         "a waiter halts after 2^15 turns (2.4 ms with Skylake's PAUSE), and pause-loop exits take its CPU long before: "
-        "hardly anybody halts, so hardly anybody is kicked",
+        "hardly anybody halts, so hardly anybody is kicked; and who is kicked mostly preempts at once",
     ),
     Row(
         "10",
