@@ -1,10 +1,16 @@
 """What tests of the command share."""
 
+import signal
 import sys
 
 import pytest
 
 from aiovm.cli import main
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C, and so would all that the tests start and interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -158,7 +158,6 @@ def test_an_interruption_from_the_keyboard(image):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert running.stdout.readline() == b"x\n"
     running.send_signal(signal.SIGINT)
