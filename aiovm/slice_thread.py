@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from aiovm.clock import Alarm
+from aiovm.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +61,8 @@ class SliceThread:
 
     async def call(self, function: Callable[[int], T], argument: int, hurry: Callable[[], object]) -> T:
         """``function(argument)``, awaited. Who is cancelled meanwhile calls ``hurry`` and goes when it has ended."""
+        if not self._end.alive:
+            raise StateError(f"{self._name} is closed")
         if self._thread is None:
             self._thread = threading.Thread(
                 target=_work, args=(self._calls, self._loop, self._alarm), name=self._name, daemon=True

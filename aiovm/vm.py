@@ -338,6 +338,7 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
         """As :meth:`claim_ports` for guest physical addresses, where no memory is: :class:`~aiovm.exits.Mmio`."""
         if any(slot.base < base + length and base < slot.end for slot in self.memory.map.slots):
             raise ConfigError(f"MMIO range {base:#x}+{length:#x} lies in memory")
+        self._may_change_memory()
         self.mmio.register(base, length, UserRange(base, ports=False, leave=self._leave_for_io, handler=handler))
         self.engine.claim(base, length)
 
@@ -455,7 +456,7 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
         """Free the engine; nothing may run. The second time it does nothing."""
         if self.life is LifeState.CLOSED:
             return
-        if self.life is LifeState.LOADED:
+        if self.life not in (LifeState.RUNNING, LifeState.PAUSED):  # whose tasks are the machine's own
             for vcpu in self.vcpus:
                 if vcpu.mutex.locked():
                     raise StateError(f"vCPU {vcpu.index} is in run(): cancel it before the machine is closed")

@@ -259,6 +259,8 @@ def test_on_the_wall_clock_memory_changes_between_slices_only():
                 await asyncio.sleep(0)
             with pytest.raises(StateError, match="between_slices"):
                 vm.memory.set_region(7, 0x80_0000, 0x1000)
+            with pytest.raises(StateError, match="between_slices"):
+                vm.claim_mmio(0x80_0000, 0x1000)
             assert vm.memory.map.generation % 2 == 0
             assert vm.memory.map.find(0x80_0000) is None
             await vm.between_slices()

@@ -6,8 +6,9 @@ import gc
 import pytest
 
 from aiovm.costs import Costs
+from aiovm.engine.base import Seg, Segment
 from aiovm.errors import ConfigError, DeadlockError, StateError
-from aiovm.loop import Host, run
+from aiovm.loop import Host, run, run_wall
 from aiovm.memory import NoMemory
 from aiovm.policy import POLICIES
 from aiovm.policy.fair import Fair
@@ -117,10 +118,17 @@ def test_leaving_the_block_stops_what_runs(paused):
     run(main())
 
 
-def test_a_vcpu_in_run_keeps_its_machine_open():
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_vcpu_in_run_keeps_its_machine_open(loaded):
     async def main():
         vm = Vm(Host(1), memory=1 << 20)
-        vm.load(NEVER_END)
+        if loaded:
+            vm.load(NEVER_END)
+        else:
+            vm.memory.write(0x7C00, NEVER_END)
+            state = vm.vcpus[0].context.state
+            state.set_segment(Seg.CS, Segment(0, 0, 0xFFFF, 0x9B00))
+            state.rip = 0x7C00
         running = asyncio.create_task(vm.vcpus[0].run())
         await asyncio.sleep(0.001)
         with pytest.raises(StateError, match=r"vCPU 0 is in run\(\)"):
@@ -128,6 +136,35 @@ def test_a_vcpu_in_run_keeps_its_machine_open():
         running.cancel()
         await asyncio.wait([running])
         vm.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("start", [run, run_wall], ids=["virtual", "wall"])
+def test_what_is_wanted_of_a_closed_machine_is_refused_or_done_to_nobody(start):
+    """Its core is freed memory."""
+
+    async def main():
+        vm = Vm(Host(1), memory=1 << 20)
+        vm.close()
+        with pytest.raises(StateError, match="closed"):
+            await vm.vcpus[0].run()
+        vm.memory.set_region(0, 0, 1 << 20)
+        vm.claim_mmio(0xD000_0000, 0x1000)
+
+    start(main())
+
+
+@pytest.mark.parametrize("base", [1 << 40, (1 << 52) - 4096])
+def test_memory_that_no_address_reaches_is_refused_before_anything_changes(base):
+    async def main():
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            before = vm.memory.map
+            with pytest.raises(ConfigError, match="40 bits"):
+                vm.memory.set_region(7, base, 4096)
+            assert vm.memory.map is before
+            vm.load(END)
+            assert (await vm.run()).status == 1
 
     run(main())
 

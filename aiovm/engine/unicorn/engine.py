@@ -34,6 +34,7 @@ from aiovm.engine.unicorn.io import PortIo
 from aiovm.engine.unicorn.layout import CPU_TO_ENV, Env
 from aiovm.engine.unicorn.physical import PhysicalSpace
 from aiovm.engine.unicorn.syscall import SystemCalls
+from aiovm.errors import StateError
 from aiovm.exits import BUDGET, EngineFault, Exit, Interrupted
 
 if TYPE_CHECKING:
@@ -163,6 +164,8 @@ class UnicornEngine:
         """Make ``context`` the one whose state is in the core."""
         if self.current is context:
             return
+        if self.closed:
+            raise StateError("the machine is closed: its vCPUs have no CPU to run on")
         self.unload()
         self.core.live[:] = context.buffer
         context.bind(self.core.loaded)

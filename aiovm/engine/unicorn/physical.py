@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.unicorn import lib
 from aiovm.engine.unicorn.budget import DeviceRange
+from aiovm.errors import ConfigError
 from aiovm.memory import MemoryMap
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ class PhysicalSpace:
     def _remap(self, _old: MemoryMap, new: MemoryMap) -> None:
         """Follow the memory map. What stays is left alone."""
         engine, uc = self._engine, self._engine.core.handle
+        if engine.closed:
+            return
+        for slot in new.slots:
+            if slot.end > _PHYSICAL_END:
+                raise ConfigError(
+                    f"memslot {slot.slot_id}: {slot.base:#x}+{slot.size:#x} lies beyond 40 bits of address (EINVAL)"
+                )
         wanted = dict.fromkeys(_layout(new, engine.claims.ranges))
         for low, high, address, rights in [r for r in self._mapped if r not in wanted]:
             lib.check(lib.uc_mem_unmap(uc, low, high - low), f"unmap {low:#x}")
