@@ -13,8 +13,8 @@ from aiovm.units import whole
 
 __all__ = ["Costs"]
 
-#: Without these time would stand still.
-_POSITIVE: Final = ("code_rate", "quantum_ns", "tsc_khz")
+#: Without these time would stand still: a fault on the way to each handler executes no code.
+_POSITIVE: Final = ("code_rate", "inject_ns", "quantum_ns", "tsc_khz")
 
 
 @dataclass(frozen=True, slots=True)

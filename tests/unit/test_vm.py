@@ -235,7 +235,9 @@ def test_a_host_refuses_what_is_no_policy_and_what_is_anothers():
     run(main())
 
 
-@pytest.mark.parametrize("options", [{"quantum_ns": 0}, {"code_rate": 0}, {"ipi_ns": -1}, {"exit_ns": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"quantum_ns": 0}, {"code_rate": 0}, {"inject_ns": 0}, {"ipi_ns": -1}, {"exit_ns": 1.5}]
+)
 def test_costs_are_whole_and_not_negative(options):
     with pytest.raises(
         ConfigError, match=f"{next(iter(options))}: {next(iter(options.values()))} is not a whole number"

@@ -2,8 +2,8 @@
 
 from core_machine import CODE, DATA, LONG, NOWHERE, STACK, start64
 
-from aiovm.engine.base import DescriptorTable
-from aiovm.exits import GuestException, Hlt
+from aiovm.engine.base import DescriptorTable, Seg, Segment
+from aiovm.exits import Budget, GuestException, Hlt
 
 HANDLER = CODE + 0x100
 
@@ -61,3 +61,18 @@ def test_what_was_delivered_is_remembered_by_each_vcpu(make):
     other.run(LONG)
     assert other.take_delivered() == b""
     assert m.context.take_delivered() == (bytes([14]) if make.pointers and m.engine.native else b"")
+
+
+def test_faults_on_the_way_to_every_handler_take_time(make):
+    """No block is ever reached, and IST begins each frame at the same place: the slice ends all the same."""
+    m = with_handler(make, LOAD)
+    m.memory.write_u(DATA + 0x100 + 14 * 16, 8, NOWHERE & 0xFFFF | 8 << 16 | 1 << 32 | 0x8E << 40 | NOWHERE >> 16 << 48)
+    m.memory.write_u(DATA + 0x1800 + 36, 8, STACK - 0x1000)
+    m.state.set_segment(Seg.TR, Segment(0x20, DATA + 0x1800, 0x67, 0x8B00))
+    end = m.run(1_000_000)
+    if make.pointers and m.engine.native:
+        assert end == Budget()
+        assert (m.state.rip, m.state.cr2) == (NOWHERE, NOWHERE)
+        assert 1_000_000 <= m.cells[0] < 1_000_100
+    else:
+        assert end == GuestException(14, 0, NOWHERE)
