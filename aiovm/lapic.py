@@ -498,30 +498,6 @@ class Lapic:
         s.icr = s.icr & 0xFFFF_FFFF | (value & 0xFF00_0000) << 32
         return NO_EFFECT
 
-    def _write_id(self, value: int, _now: int) -> LapicEffect:
-        s = self._s
-        value &= 0xFF00_0000
-        if s.apic_id == value:
-            return NO_EFFECT
-        s.apic_id = value
-        return _MAP
-
-    def _write_ldr(self, value: int, _now: int) -> LapicEffect:
-        s = self._s
-        value &= 0xFF00_0000
-        if s.ldr == value:
-            return NO_EFFECT
-        s.ldr = value
-        return _MAP
-
-    def _write_dfr(self, value: int, _now: int) -> LapicEffect:
-        s = self._s
-        value |= 0x0FFF_FFFF
-        if s.dfr == value:
-            return NO_EFFECT
-        s.dfr = value
-        return _MAP
-
     def _write_tmict(self, value: int, now: int) -> LapicEffect:
         self.timer.write_tmict(value, now)
         return _TIMER
@@ -585,6 +561,19 @@ class Lapic:
         self._update_ppr()
 
 
+def _map_store(name: str, writable: int, ones: int = 0) -> Callable[[Lapic, int, int], LapicEffect]:
+    """To a register by which others find this APIC: what is writable of it, and its bits that read 1."""
+
+    def store(apic: Lapic, value: int, _now: int) -> LapicEffect:
+        value = value & writable | ones
+        if getattr(apic._s, name) == value:
+            return NO_EFFECT
+        setattr(apic._s, name, value)
+        return _MAP
+
+    return store
+
+
 def _lvt_store(which: Lvt) -> Callable[[Lapic, int, int], LapicEffect]:
     return lambda apic, value, now: apic._write_lvt(which, value, now)
 
@@ -629,9 +618,9 @@ _STORES: Final[dict[int, Callable[[Lapic, int, int], LapicEffect]]] = {
     Reg.TMICT: Lapic._write_tmict,
     Reg.TDCR: Lapic._write_tdcr,
     Reg.TPR: Lapic._write_tpr,
-    Reg.ID: Lapic._write_id,
-    Reg.LDR: Lapic._write_ldr,
-    Reg.DFR: Lapic._write_dfr,
+    Reg.ID: _map_store("apic_id", 0xFF00_0000),
+    Reg.LDR: _map_store("ldr", 0xFF00_0000),
+    Reg.DFR: _map_store("dfr", 0xF000_0000, 0x0FFF_FFFF),
     Reg.SPIV: Lapic._write_spiv,
     Reg.ESR: Lapic._write_esr,
     **{Reg.LVTT + 0x10 * which: _lvt_store(which) for which in Lvt},

@@ -267,29 +267,26 @@ class VcpuPort:
     def on_hypercall(self, number: int, a0: int, a1: int, a2: int, a3: int, cpl: int) -> int:
         vm, vcpu = self.vm, self.vcpu
         vcpu.stat.hypercalls += 1
-        refused = refusal(number, cpl)
-        if refused is not None:
-            result = refused & _M64
-        elif number == _VAPIC_POLL_IRQ:
-            result = 0
-        else:
-            result = self._hypercall(number, (a0, a1, a2, a3)) & _M64
+        result = refusal(number, cpl)
+        if result is None:
+            result = self._hypercall(number, a0, a1, a2, a3)
+        result &= _M64
         if vm.trace.on:
             vm.trace.emit(vm.clock.now(), Kind.HYPERCALL, vcpu.thread.number, number, result)
         return result
 
-    def _hypercall(self, number: int, args: tuple[int, int, int, int]) -> int:
+    def _hypercall(self, number: int, a0: int, a1: int, a2: int, a3: int) -> int:
         """``__kvm_emulate_hypercall``; what touches other vCPUs happens at the slice's own moment on the loop."""
+        if number == _VAPIC_POLL_IRQ:
+            return 0
         vm = self.vm
         if number == HypercallNumber.KICK_CPU:
-            apic_id = args[1]
-            vm.post(vm.clock.now(), lambda: vm.pv_kick(self.vcpu, apic_id))
+            vm.post(vm.clock.now(), lambda: vm.pv_kick(self.vcpu, a1))
             return 0
         if number == HypercallNumber.SCHED_YIELD:
-            apic_id = args[0]
-            vm.post(vm.clock.now(), lambda: vm.pv_sched_yield(self.vcpu, apic_id))
+            vm.post(vm.clock.now(), lambda: vm.pv_sched_yield(self.vcpu, a0))
             return 0
-        return vm.hypercall(self.vcpu, number, args)
+        return vm.hypercall(self.vcpu, number, (a0, a1, a2, a3))
 
     # ---- exceptions and interrupts -----------------------------------------------------------------------------------
 

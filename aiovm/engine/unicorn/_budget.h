@@ -8,7 +8,6 @@
 #include <Python.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <time.h>
 
 typedef bool tlb_filler(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from);
 
