@@ -13,9 +13,8 @@ import site
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Final
 
-import structlog
 import typer
 
 from aiovm.cli.linux_locks import register as register_linux_locks
@@ -26,9 +25,6 @@ from aiovm.cli.sim import register as register_sim
 from aiovm.cli.status import BAD_INPUT, INTERNAL, INTERRUPTED, status_of
 from aiovm.cli.sweep import register as register_sweep
 from aiovm.errors import AiovmError, GuestPanic
-
-if TYPE_CHECKING:
-    from collections.abc import MutableMapping
 
 __all__ = ["app", "main"]
 
@@ -74,16 +70,10 @@ def _options(
 
 
 def _streams() -> None:
-    """Who closed a standard stream wants to hear nothing; and warnings do not belong among results."""
+    """Who closed a standard stream wants to hear nothing."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lives)
-    structlog.configure(processors=[_line], logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
-
-
-def _line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
-    details = ", ".join(f"{key}: {value}" for key, value in event.items() if key != "event")
-    return f"aiovm: {event['event']} ({details})"
 
 
 def _run() -> int:

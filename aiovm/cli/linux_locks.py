@@ -11,7 +11,7 @@ import typer
 
 from aiovm.cli.files import check_writable, write_file
 from aiovm.cli.measure import measure_all, trace_paths
-from aiovm.cli.options import ClockName, check_jobs, check_seed, parse_counts
+from aiovm.cli.options import ClockName, check_jobs, check_seed, parse_counts, warn_as_lines
 from aiovm.errors import ConfigError
 from aiovm.locks.linux_runner import LinuxExperiment, linux_measure, linux_report
 from aiovm.locks.linux_table import print_table
@@ -57,7 +57,11 @@ def _linux_locks(
     ] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
     trace: Annotated[
-        str | None, typer.Option(help="Record from the first load on to .pftrace (Perfetto), .json (Chrome) or .jsonl.")
+        str | None,
+        typer.Option(
+            help="Record from the first load on to .pftrace (Perfetto), .json (Chrome) or .jsonl.",
+            callback=warn_as_lines,
+        ),
     ] = None,
 ) -> None:
     """Boot Linux with its paravirtual spinlocks and without, contend for one lock, and compare.

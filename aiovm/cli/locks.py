@@ -11,7 +11,7 @@ import typer
 
 from aiovm.cli.files import check_writable, write_file
 from aiovm.cli.measure import measure_all, trace_paths
-from aiovm.cli.options import check_jobs, check_seed, parse_counts
+from aiovm.cli.options import TraceFiles, check_jobs, check_seed, parse_counts
 from aiovm.locks.plot import check as check_plot
 from aiovm.locks.plot import plot
 from aiovm.locks.runner import Experiment, Measurement, Workload, measure, report
@@ -52,7 +52,7 @@ def _locks(
     spin: Annotated[int, typer.Option(help="PAUSEs before a paravirtual lock halts.")] = 512,
     jobs: Annotated[int, typer.Option(help="Processes to measure in.", show_default="one a CPU of this machine")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
-    trace: Annotated[str | None, typer.Option(help="Record to .pftrace (Perfetto), .json (Chrome) or .jsonl.")] = None,
+    trace: TraceFiles = None,
     plot_: Annotated[Path | None, typer.Option("--plot", help="Draw the comparison, as in locks.png.")] = None,
 ) -> None:
     """Run each lock on the same workload and compare.

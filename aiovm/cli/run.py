@@ -13,7 +13,7 @@ import typer
 
 from aiovm.cli.console import keyboard, open_output
 from aiovm.cli.files import check_writable, write_file
-from aiovm.cli.options import ClockName, check_seed
+from aiovm.cli.options import ClockName, TraceFiles, check_seed
 from aiovm.cli.snapshots import given, host_like, open_snapshot, save_time, saving
 from aiovm.cli.status import OK
 from aiovm.errors import ConfigError, DeadlockError, TimeoutExpired
@@ -70,7 +70,7 @@ def _run(
     save: Annotated[Path | None, typer.Option(help="Save the whole machine here, at --save-at; it goes on.")] = None,
     save_at: Annotated[str | None, typer.Option(help="When to save, on the guest's clock, as in 2s.")] = None,
     restore: Annotated[Path | None, typer.Option(help="Go on from a saved machine, instead of an image.")] = None,
-    trace: Annotated[str | None, typer.Option(help="Record to .pftrace (Perfetto), .json (Chrome) or .jsonl.")] = None,
+    trace: TraceFiles = None,
     gdb: Annotated[
         int | None, typer.Option(help="Wait for GDB on this port: target remote localhost:PORT, then continue.")
     ] = None,

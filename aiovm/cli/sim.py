@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from aiovm.cli.files import check_writable, write_file
+from aiovm.cli.options import TraceFiles  # noqa: TC001  (typer reads the annotations)
 from aiovm.cli.progress import progress_bar
 from aiovm.results import to_json
 from aiovm.sim.lab import simulate
@@ -32,7 +33,7 @@ def _sim(
     scenario: Annotated[Path, typer.Argument(help="The scenario, a TOML file.")],
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the scenario's.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
-    trace: Annotated[str | None, typer.Option(help="Record to .pftrace (Perfetto), .json (Chrome) or .jsonl.")] = None,
+    trace: TraceFiles = None,
     plot: Annotated[Path | None, typer.Option(help="Draw waits, shares and a timeline into this directory.")] = None,
 ) -> None:
     """Simulate a scenario: thousands of vCPUs, no instructions, the same scheduler.
