@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -56,7 +57,7 @@ FLOORS = {
     4: ("machine", "port", "vcpu", "vcpu_*", "policy.thread"),
     5: ("loop", "policy*"),
     6: ("vm", "vm_*", "pc", "acpi", "console", "snapshot*", "loaders*", "guests", "sinks*", "backends*"),
-    7: ("", "__main__", "cli*", "locks*", "sim*", "gdb*", "service*"),
+    7: ("", "__main__", "cli*", "locks*", "sim*", "gdb*"),
 }
 
 #: A protocol may name, for the type checker, what stands above it.
@@ -180,6 +181,18 @@ def test_the_core_does_not_know_unicorn():
     for module in modules():
         if not module.startswith("engine.unicorn"):
             assert "unicorn" not in {n for n, is_ours, _ in imports(module) if not is_ours}, module
+
+
+def test_the_design_tells_every_modules_floor():
+    text = (ROOT.parent / "docs" / "design.md").read_text()
+    told = {}
+    for floor, names in re.findall(r"^\| (\d) \| ([^|]+) \|", text, re.MULTILINE):
+        told[int(floor)] = re.findall("`([^`]+)`", names)
+    assert set(told) == set(FLOORS)
+    for module in set(modules()) - {"", "__main__"}:
+        by_name = [floor for floor, names in told.items() if module in names]
+        matching = [f for f, names in told.items() if any(fnmatchcase(module, re.sub("/$", "*", n)) for n in names)]
+        assert (by_name or matching) == [floor_of(module)], module
 
 
 def test_a_table_of_floors_that_lies_is_noticed():

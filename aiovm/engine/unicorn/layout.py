@@ -1,8 +1,8 @@
-"""Where Unicorn 2.1.4 keeps an x86 CPU's state, and the proof that this build agrees.
+"""Where Unicorn 2.1.4 keeps an x86 CPU's state.
 
-The offsets are facts of one build (the PyPI wheel 2.1.4, whose core is QEMU 5.0.1). :func:`prove` sets registers
-through the public API and reads them through the pointers, and back; when anything disagrees the engine takes
-the public path (``uc_context``, whose payload is the same state up to :data:`ENV_END`), slower but independent
+The offsets are facts of one build (the PyPI wheel 2.1.4, whose core is QEMU 5.0.1). :mod:`aiovm.engine.unicorn.proof`
+sets registers through the public API and reads them through the pointers, and back; when anything disagrees the engine
+takes the public path (``uc_context``, whose payload is the same state up to :data:`ENV_END`), slower but independent
 of the two pointers.
 """
 
