@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -27,6 +28,23 @@ workload = { kind = "lock-bound", lock = "tas" }
 
 def stored(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def interrupted(command, reached):
+    """Start ``command`` in a group of its own, Ctrl-C when it has ``reached`` something: its errors.
+
+    The errors end when the last process that could write some is gone. Nothing is left running in any case.
+    """
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        while job.poll() is None and not reached():
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGINT)
+        _, errors = job.communicate(timeout=60)
+        return errors
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
 
 
 def test_dask_stores_the_same_bytes_as_processes(tmp_path):
@@ -52,14 +70,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     scenario.write_text(SCENARIO)
     command = [sys.executable, "-m", "aiovm", "sweep", str(scenario), "--set", "pcpus=1..4", "--out", str(out)]
     # Minutes of work, of which the second sweep wants eight runs; the first two of them come first.
-    sweep = subprocess.Popen(
-        [*command, "--seeds", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
     wanted = {point.name for point in points(load_scenario(scenario), ["pcpus=1..4"], 2)}
-    while sweep.poll() is None and not any((out / name).exists() for name in wanted):
-        time.sleep(0.01)
-    os.killpg(sweep.pid, signal.SIGINT)
-    _, errors = sweep.communicate(timeout=60)
+    errors = interrupted([*command, "--seeds", "1000"], lambda: any((out / name).exists() for name in wanted))
     assert b"aiovm: interrupted" in errors
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     names = {path.name for path in before}
@@ -74,11 +86,7 @@ def test_an_interrupted_table_keeps_its_rows_and_runs(tmp_path):
     rows, out = tmp_path / "rows.json", tmp_path / "out"
     command = [sys.executable, "-m", "aiovm", "paper", "--rows", "12,3", "--json", str(rows)]
     command += ["--out", str(out), "--seeds", "3"]
-    paper = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    while paper.poll() is None and not rows.exists():
-        time.sleep(0.01)
-    os.killpg(paper.pid, signal.SIGINT)
-    _, errors = paper.communicate(timeout=60)
+    errors = interrupted(command, rows.exists)
     assert b"aiovm: interrupted" in errors
     assert [row["row"] for row in json.loads(rows.read_bytes())["rows"]] == ["12"]
     assert len(stored(out)) >= 18  # six scenarios, three seeds
