@@ -7,7 +7,8 @@ Output comes byte by byte from inside slices, maybe on another thread; a waiter 
 after the first byte that it has not seen, so that a line costs one look and not eighty.
 
 Rules: each :meth:`Console.expect` goes on behind the last match; the newest mebibyte is kept. Nobody waits for a guest
-that has ended: the wait raises what ended it.
+that has ended: the wait raises what ended it. A kernel whose console this is writes its messages straight to the port,
+between any two characters that a program has written: a text is found with such messages in its midst.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ __all__ = ["Console"]
 _KEPT = 1 << 20
 _LOOK_AFTER_NS = 200_000
 _SHOWN = 400
+
+#: Messages of the kernel's, each with the time before it (``printk.time``, Debian's default) and to its line's end.
+_MESSAGES = r"(?:\[ *\d+\.\d{6}\][^\n]*\n)*"
+
+
+def _amid_messages(*parts: str) -> str:
+    """The pattern of ``parts``, each a pattern of one character, with the kernel's messages between any two."""
+    return _MESSAGES.join(parts)
+
+
+def _characters(text: str) -> list[str]:
+    """Each character of ``text`` as a pattern."""
+    return [re.escape(character) for character in text]
 
 
 class Console:
@@ -79,11 +93,39 @@ class Console:
     async def expect(self, wanted: str | re.Pattern[str], *, timeout: float | None = None) -> re.Match[str]:  # noqa: ASYNC109
         """Wait until the guest has said ``wanted`` (a text or a pattern) since the last match; the match.
 
+        A text may have messages of the kernel's in its midst; a pattern is taken as it is.
         ``timeout``: seconds of the loop's time. Raises :class:`~aiovm.errors.TimeoutExpired`, or what ended the guest.
         """
-        source = re.escape(wanted) if isinstance(wanted, str) else wanted.pattern
+        source = _amid_messages(*_characters(wanted)) if isinstance(wanted, str) else wanted.pattern
         flags = 0 if isinstance(wanted, str) else wanted.flags & ~re.UNICODE
-        pattern = re.compile(source.encode(), flags)
+        found = await self._find(re.compile(source.encode(), flags), repr(wanted), timeout)
+        again = re.compile(source, flags).search(found[0].decode("utf-8", "replace"))
+        assert again is not None
+        return again
+
+    async def shell(self, command: str, *, timeout: float | None = None, check: bool = True) -> str:  # noqa: ASYNC109
+        """Run ``command`` in the shell that reads the console; what it printed, and what the kernel said meanwhile.
+
+        With ``check`` a non-zero status raises :class:`~aiovm.errors.CommandFailed`.
+        """
+        self._commands += 1
+        begin, end = f"__begin{self._commands}", f"__end{self._commands}:"
+        # The quotes keep the typed line, which the terminal echoes, from looking like the marks.
+        self.type(f'echo "__""{begin[2:]}"; {{ {command}\n}}; echo "__""{end[2:]}$?__"\n')
+        first = _amid_messages(*_characters(begin), r"\r?", r"\n")
+        await self._find(re.compile(first.encode()), f"{begin!r} for {command!r}", timeout)
+        began = self._matched
+        # The mark alone: a pattern with the output in it would look through all of it again at each of its bytes.
+        last = _amid_messages(*_characters(end), rf"((?:\d{_MESSAGES})+)_", "_")
+        found = await self._find(re.compile(last.encode()), f"{end!r} for {command!r}", timeout)
+        said = self._text[max(began - self._forgotten, 0) : found.start()].decode("utf-8", "replace")
+        output, status = said.replace("\r\n", "\n"), int(re.sub(_MESSAGES.encode(), b"", found[1]))
+        if check and status:
+            raise CommandFailed(f"{command!r} ended with status {status}: {output.strip()[-_SHOWN:]}")
+        return output
+
+    async def _find(self, pattern: re.Pattern[bytes], wanted: str, timeout: float | None) -> re.Match[bytes]:  # noqa: ASYNC109
+        """The first match behind the last one, in the text as it is then; ``wanted`` is what the error calls it."""
         if self._waiters:
             raise StateError("somebody waits for this console already: two readers would take each other's words")
         self._waiters += 1
@@ -94,34 +136,12 @@ class Console:
                     found = pattern.search(self._text, max(self._matched - self._forgotten, 0))
                     if found is not None:
                         self._matched = self._forgotten + found.end()
-                        again = re.compile(source, flags).search(found[0].decode("utf-8", "replace"))
-                        assert again is not None
-                        return again
+                        return found
                     if self._over is not None:
                         raise self._over
                     await self._news.wait()
         except TimeoutError:
             said = bytes(self._text[-_SHOWN:]).decode("utf-8", "replace")
-            raise TimeoutExpired(f"the guest did not say {wanted!r} within {timeout} s; it said {said!r}") from None
+            raise TimeoutExpired(f"the guest did not say {wanted} within {timeout} s; it said {said!r}") from None
         finally:
             self._waiters -= 1
-
-    async def shell(self, command: str, *, timeout: float | None = None, check: bool = True) -> str:  # noqa: ASYNC109
-        """Run ``command`` in the shell that reads the console; what it printed.
-
-        With ``check`` a non-zero status raises :class:`~aiovm.errors.CommandFailed`.
-        """
-        self._commands += 1
-        begin, end = f"__begin{self._commands}", f"__end{self._commands}:"
-        # The quotes keep the typed line, which the terminal echoes, from looking like the marks.
-        self.type(f'echo "__""{begin[2:]}"; {{ {command}\n}}; echo "__""{end[2:]}$?__"\n')
-        await self.expect(begin, timeout=timeout)
-        began = self._matched
-        # The mark alone: a pattern with the output in it would look through all of it again at each of its bytes.
-        found = await self.expect(re.compile(rf"{end}(\d+)__"), timeout=timeout)
-        ended = self._matched - len(found[0])
-        said = self._text[max(began - self._forgotten, 0) : ended - self._forgotten].decode("utf-8", "replace")
-        output, status = said.partition("\n")[2].replace("\r\n", "\n"), int(found[1])
-        if check and status:
-            raise CommandFailed(f"{command!r} ended with status {status}: {output.strip()[-_SHOWN:]}")
-        return output

@@ -149,3 +149,33 @@ def test_shell_gives_what_the_command_printed():
             await console.shell("false")
 
     play(scene, answer=shell)
+
+
+#: What a kernel said on the console whose program was writing: in a mark's midst, at its end, two at once.
+DROPPED = "[    2.658337] sh (1): drop_caches: 3\r\n"
+
+
+@pytest.mark.parametrize("message", [DROPPED, DROPPED + "[12345.000001][    T1] caf\xe9 (2): 0__\r\n"])
+@pytest.mark.parametrize("at", range(len("__begin1\r\n__end1:13__\r\n")))
+def test_shell_hears_its_marks_with_the_kernels_messages_in_their_midst(at, message):
+    """Linux's console driver writes to the port at once; a program's text waits there for the transmitter."""
+    said = "__begin1\r\n__end1:13__\r\n"
+
+    async def scene(guest, console):
+        output = await console.shell("false", check=False, timeout=1)
+        heard = message.encode("latin-1").decode("utf-8", "replace").replace("\r\n", "\n")
+        assert output == (heard if at == len("__begin1\r\n") else "")
+        console.put(b"~ ")
+        console.put(message.encode("latin-1"))
+        console.put(b"# ")
+        await console.expect("~ # ", timeout=1)
+
+    play(scene, answer=lambda line: (said[:at] + message + said[at:]).encode("latin-1"))
+
+
+def test_a_status_is_read_around_a_message():
+    async def scene(guest, console):
+        with pytest.raises(CommandFailed, match="'exit' ended with status 13: "):
+            await console.shell("exit", timeout=1)
+
+    play(scene, answer=lambda line: f"__begin1\r\n__end1:1{DROPPED}3__\r\n".encode())
