@@ -163,12 +163,6 @@ class EventQueue:
         """Whether an exception waits or is being delivered."""
         return self.s.exception_pending or self.s.exception_injected
 
-    @property
-    def needs_reinjection(self) -> bool:
-        """Whether a delivery was chosen and is not done."""
-        s = self.s
-        return s.exception_injected or s.interrupt_injected or s.nmi_injected
-
     def select(
         self, *, interrupt_flag: bool, shadow: bool, acknowledge: Callable[[], int | None] | None = None
     ) -> Event | None:
@@ -217,11 +211,6 @@ class EventQueue:
         """The chosen event reached its handler."""
         s = self.s
         s.exception_injected = s.interrupt_injected = s.nmi_injected = False
-
-    def wants_nmi_window(self, *, shadow: bool) -> bool:
-        """Whether an NMI waits for the end of a shadow or of the mask."""
-        s = self.s
-        return bool(s.nmi_pending and (shadow or s.nmi_masked))
 
     def nmi_done(self) -> None:
         """IRET: NMIs are open again (SDM vol. 3A, 6.7.1)."""

@@ -3,7 +3,7 @@
 Pieces, each without knowledge of a vCPU; what they need comes as arguments, what must be done comes back as a value:
 
 * :mod:`~aiovm.paravirt.cpuid`: the leaves at 0x40000000, the feature and hint bits.
-* :mod:`~aiovm.paravirt.hypercalls`: numbers, the rules for all of them, PV IPI, sched yield.
+* :mod:`~aiovm.paravirt.hypercalls`: numbers, the rules for all of them, PV IPI.
 * :mod:`~aiovm.paravirt.steal`: steal time, the preempted byte, the PV TLB flush.
 * :mod:`~aiovm.paravirt.eoi`: ending an interrupt by clearing a bit.
 * :mod:`~aiovm.paravirt.async_pf`: asynchronous page faults.
@@ -19,7 +19,6 @@ from aiovm.paravirt.hypercalls import (
     HypercallNumber,
     SendIpi,
     decode_send_ipi,
-    may_sched_yield,
     refusal,
 )
 from aiovm.paravirt.msrs import Paravirt, ParavirtState, PvEffect, PvMsr
@@ -46,6 +45,5 @@ __all__ = [
     "StealTimeState",
     "decode_send_ipi",
     "kvm_cpuid_leaves",
-    "may_sched_yield",
     "refusal",
 ]

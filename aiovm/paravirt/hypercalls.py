@@ -4,7 +4,7 @@ Rules for all (``arch/x86/kvm/x86.c`` of Linux 6.16): outside 64-bit code
 everything is cut to 32 bits, by the engine; a caller above CPL 0 gets -1; an unknown number, and one whose feature the
 guest's CPUID lacks while features are enforced (KVM_CAP_ENFORCE_PV_FEATURE_CPUID), gets -1000.
 
-Modelled: the numbers, who may call, PV IPI's bitmap, when a sched yield yields. Not modelled: MMU_OP, which is dead,
+Modelled: the numbers, who may call, PV IPI's bitmap. Not modelled: MMU_OP, which is dead,
 and MAP_GPA_RANGE, which is for encrypted guests; both are unknown.
 """
 
@@ -20,7 +20,6 @@ __all__ = [
     "HypercallNumber",
     "SendIpi",
     "decode_send_ipi",
-    "may_sched_yield",
     "refusal",
 ]
 
@@ -94,11 +93,3 @@ def decode_send_ipi(args: tuple[int, int, int, int], *, long_mode: bool) -> Send
         ids.append(first + lowest)
         bitmap &= bitmap - 1
     return SendIpi(tuple(ids), icr & mask(32))
-
-
-def may_sched_yield(*, single_task: bool, target_ready: bool, is_self: bool) -> bool:
-    """KVM_HC_SCHED_YIELD: whether to try a directed yield. The guest gets 0 in any case.
-
-    Not when nobody else wants the caller's CPU (``single_task``), the target has no use for it, or it is the caller.
-    """
-    return not single_task and target_ready and not is_self

@@ -43,9 +43,9 @@ def test_numbers_of_the_kinds():
 def test_an_exception_and_its_error_code(queue):
     assert queue.queue_exception(13, 0x18)
     assert queue.any
-    assert not queue.needs_reinjection
+    assert not queue.s.exception_injected
     assert choose(queue) == Event(EventKind.EXCEPTION, 13, 0x18)
-    assert queue.needs_reinjection
+    assert queue.s.exception_injected
     assert choose(queue) == Event(EventKind.EXCEPTION, 13, 0x18)
     queue.delivered()
     assert not queue.any
@@ -118,13 +118,10 @@ def test_interrupts_need_if_and_no_shadow_and_are_acknowledged_only_then(queue):
 def test_nmis_need_no_if_but_no_shadow_and_no_mask(queue):
     queue.queue_nmi()
     assert choose(queue, interrupt_flag=False, shadow=True) is None
-    assert queue.wants_nmi_window(shadow=True)
-    assert not queue.wants_nmi_window(shadow=False)
     assert choose(queue, interrupt_flag=False) == Event(EventKind.NMI, 2)
     queue.delivered()
     queue.queue_nmi()
     assert choose(queue) is None
-    assert queue.wants_nmi_window(shadow=False)
     queue.nmi_done()
     assert choose(queue) == Event(EventKind.NMI, 2)
 

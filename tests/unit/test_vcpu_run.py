@@ -6,6 +6,7 @@ import pytest
 
 from aiovm.exits import Interrupted
 from aiovm.loop import Host, run
+from aiovm.policy import by_name
 from aiovm.policy.thread import ThreadState
 from aiovm.requests import VcpuMode
 from aiovm.vcpu import MpState
@@ -160,6 +161,37 @@ def test_the_mask_holds_signals_back_and_nothing_holds_a_cancellation():
         task = asyncio.create_task(vcpu.run())
         await asyncio.sleep(0.001)
         await cancelled(task)
+        vm.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("pcpus", "vcpus", "at_ms", "caller", "target", "won"),
+    [
+        (1, 2, 2.5, 0, 1, 1),
+        (1, 2, 2.5, 0, 0, 0),  # itself
+        (1, 2, 0.5, 0, 1, 0),  # the target was not preempted yet
+        (2, 3, 2.5, 1, 2, 0),  # nobody else wants the caller's CPU
+    ],
+)
+def test_a_guests_own_yield_goes_to_who_was_preempted(pcpus, vcpus, at_ms, caller, target, won):
+    """``kvm_sched_yield`` (arch/x86/kvm/x86.c of Linux 6.16); slices of 1 ms, the first vCPU's first."""
+
+    async def main():
+        policy = by_name("round-robin", slice_ns=1_000_000, jitter=0)
+        vm = Vm(Host(pcpus, policy=policy), vcpus=vcpus, memory=1 << 20)
+        vm.load(SPIN)
+        for vcpu in vm.vcpus:
+            vcpu.context.state.rip, vcpu.mp_state = vm.vcpus[0].context.state.rip, MpState.RUNNABLE
+        tasks = [asyncio.create_task(vcpu.run()) for vcpu in vm.vcpus]
+        await asyncio.sleep(at_ms / 1000)
+        source = vm.vcpus[caller]
+        assert source.thread.state is ThreadState.RUNNING
+        source.sched_yield_to(target)
+        assert (source.stat.directed_yield_attempted, source.stat.directed_yield_successful) == (1, won)
+        for task in tasks:
+            await cancelled(task)
         vm.close()
 
     run(main())

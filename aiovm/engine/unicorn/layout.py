@@ -70,12 +70,8 @@ class Env:
     LSTAR: Final = 0x12E8
     FMASK: Final = 0x12F8
     ERROR_CODE: Final = 0x1508
-    EXCEPTION_IS_INT: Final = 0x150C
-    EXCEPTION_NEXT_EIP: Final = 0x1510
     DR: Final = 0x1518
-    OLD_EXCEPTION: Final = 0x1578
     VM_VMCB: Final = 0x1580
-    TSC_OFFSET: Final = 0x1588
     INTERCEPT: Final = 0x1590
     INTERCEPT_CR_READ: Final = 0x1598
     INTERCEPT_CR_WRITE: Final = 0x159A
@@ -118,11 +114,8 @@ class Hf:
     MP: Final = 1 << 9
     EM: Final = 1 << 10
     TS: Final = 1 << 11
-    IOPL: Final = 3 << 12
     LMA: Final = 1 << 14
     CS64: Final = 1 << 15
-    RF: Final = 1 << 16
-    VM: Final = 1 << 17
     AC: Final = 1 << 18
     GUEST: Final = 1 << 21
     OSFXSR: Final = 1 << 22
@@ -150,7 +143,6 @@ class Intercept:
     INTR: Final = 0x60
     NMI: Final = 0x61
     VINTR: Final = 0x64
-    CR0_SEL: Final = 0x65
     IDTR_READ: Final = 0x66  # then GDTR, LDTR
     TR_READ: Final = 0x69
     IDTR_WRITE: Final = 0x6A
@@ -165,13 +157,7 @@ class Intercept:
     SWINT: Final = 0x75
     PAUSE: Final = 0x77
     HLT: Final = 0x78
-    INVLPG: Final = 0x79
-    TASK_SWITCH: Final = 0x7D
     MSR: Final = 0x7C
     SHUTDOWN: Final = 0x7F
-    VMRUN: Final = 0x80
     VMMCALL: Final = 0x81
     RDTSCP: Final = 0x87
-    WBINVD: Final = 0x89
-    MONITOR: Final = 0x8A
-    MWAIT: Final = 0x8B

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature, decode_send_ipi, may_sched_yield, refusal
+from aiovm.paravirt import DEFAULT_FEATURES, KvmFeature, decode_send_ipi, refusal
 
 
 @pytest.mark.parametrize("number", [1, 5, 9, 10, 11])
@@ -55,16 +55,3 @@ def test_send_ipi_refuses_shorthands_and_logical_destinations(icr):
 def test_send_ipi_of_nothing_and_ids_do_not_wrap():
     assert decode_send_ipi((0, 0, 0, 0xFD), long_mode=True).apic_ids == ()
     assert decode_send_ipi((0b11, 0, 0xFFFF_FFFF, 0xFD), long_mode=True).apic_ids == (0xFFFF_FFFF, 0x1_0000_0000)
-
-
-@pytest.mark.parametrize(
-    ("single_task", "target_ready", "is_self", "expected"),
-    [
-        (False, True, False, True),
-        (True, True, False, False),
-        (False, False, False, False),
-        (False, True, True, False),
-    ],
-)
-def test_sched_yield(single_task, target_ready, is_self, expected):
-    assert may_sched_yield(single_task=single_task, target_ready=target_ready, is_self=is_self) is expected
