@@ -25,6 +25,7 @@ from aiovm.cli.sim import register as register_sim
 from aiovm.cli.status import BAD_INPUT, INTERNAL, INTERRUPTED, status_of
 from aiovm.cli.sweep import register as register_sweep
 from aiovm.errors import AiovmError, GuestPanic
+from aiovm.sim.jobs import RunFailed
 
 __all__ = ["app", "main"]
 
@@ -100,9 +101,9 @@ def _run() -> int:
             return BAD_INPUT
         # Statuses of guests are odd, so Python's own 1 would pass for one.
         traceback.print_exc()
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        if _is_a_users(last.filename):  # a policy of theirs
-            _say(f"{last.filename}, line {last.lineno}: {type(error).__name__}: {error}")
+        failed = error if isinstance(error, RunFailed) else RunFailed.of(error)
+        if _is_a_users(failed.filename):  # a policy of theirs
+            _say(str(failed))
             return BAD_INPUT
         _say("this is a fault of aiovm's own: please report it")
         return INTERNAL

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING
 
-from aiovm.errors import ConfigError, EngineError
+from aiovm.errors import AiovmError, ConfigError, EngineError
 from aiovm.sim.lab import simulate
 
 if TYPE_CHECKING:
@@ -22,19 +24,52 @@ if TYPE_CHECKING:
     from aiovm.sim.result import SimResult
     from aiovm.sim.scenario import Scenario
 
-__all__ = ["Job", "run_jobs"]
+__all__ = ["Job", "RunFailed", "run_jobs"]
 
 Job = tuple["Scenario", int]
 
 
+class RunFailed(Exception):
+    """A run raised what is none of our errors: where, and what in words, as an exception may not survive the way."""
+
+    def __init__(self, filename: str, line: int, what: str) -> None:
+        super().__init__(filename, line, what)
+        self.filename, self.line, self.what = filename, line, what
+
+    def __str__(self) -> str:
+        return f"{self.filename}, line {self.line}: {self.what}"
+
+    @classmethod
+    def of(cls, error: Exception) -> RunFailed:
+        """``error`` as one, with the place that raised it."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return cls(last.filename, last.lineno or 0, f"{type(error).__name__}: {error}")
+
+
 def _run(job: Job) -> SimResult:
-    return simulate(job[0], seed=job[1])
+    try:
+        return simulate(job[0], seed=job[1])
+    except AiovmError:
+        raise
+    except Exception as error:
+        raise RunFailed.of(error) from error
 
 
-def _die_at_once() -> None:
-    """At Ctrl-C, which all processes get: a KeyboardInterrupt may leave the queue of results locked for ever."""
+def _begin() -> None:
+    """A process of the pool dies at once, with its parent and at Ctrl-C, which all processes get.
+
+    A KeyboardInterrupt may leave the queue of results locked for ever. A parent that was killed tells nobody.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started us ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def run_jobs(
@@ -58,7 +93,7 @@ def _on_processes(jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[in
         for place, job in enumerate(jobs):
             yield place, _run(job)
         return
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_die_at_once) as pool:
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin) as pool:
         places = {pool.submit(_run, job): place for place, job in enumerate(jobs)}
         try:
             for future in as_completed(places):

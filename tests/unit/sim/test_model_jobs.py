@@ -82,6 +82,41 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+def test_a_sweep_that_is_killed_leaves_no_process(tmp_path):
+    scenario, out = tmp_path / "s.toml", tmp_path / "out"
+    scenario.write_text(SCENARIO)
+    command = [sys.executable, "-m", "aiovm", "sweep", str(scenario), "--set", "pcpus=1..4", "--out", str(out)]
+    sweep = subprocess.Popen(
+        [*command, "--seeds", "1000"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        while sweep.poll() is None and not list(out.glob("*.json")):
+            time.sleep(0.01)
+        sweep.terminate()
+        sweep.communicate(timeout=60)  # the end of what all of them write to
+        assert sweep.returncode == -signal.SIGTERM
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(sweep.pid, signal.SIGKILL)
+
+
+def test_a_fault_in_a_users_policy_is_called_his_from_a_pool_too(tmp_path):
+    module = "from aiovm.policy.base import Policy\nclass Bad(Policy):\n"
+    module += "    def select_pcpu(self, thread, now):\n        return 1 // 0\n"
+    (tmp_path / "faulty_run.py").write_text(module)
+    (tmp_path / "s.toml").write_text(SCENARIO)
+    command = [sys.executable, "-m", "aiovm", "sweep", str(tmp_path / "s.toml"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--set", "policy=faulty_run:Bad", "--seeds", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"aiovm: {tmp_path}/faulty_run.py, line 4: ZeroDivisionError: ")
+
+
 def test_an_interrupted_table_keeps_its_rows_and_runs(tmp_path):
     rows, out = tmp_path / "rows.json", tmp_path / "out"
     command = [sys.executable, "-m", "aiovm", "paper", "--rows", "12,3", "--json", str(rows)]
