@@ -4,15 +4,18 @@
 
 A parameter is a path into the scenario's tables; ``pcpus``, ``policy`` and ``slice`` alone mean the host's. Paths into
 ``vm`` concern every machine. Each result is stored as it comes, under a name that is a function of the scenario and
-seed; what is stored already is not run again, so an interrupted sweep goes on where it was.
+seed; what is stored already is not run again, so an interrupted sweep goes on where it was. A result of other sources
+of aiovm's is refused: it might not be what these would say. A policy of one's own is not looked at.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +28,6 @@ from aiovm.sim.scenario import HostSpec, Scenario, build, to_toml_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 __all__ = ["Point", "changed", "points", "run_sweep", "split_setting"]
 
@@ -113,7 +115,19 @@ def _set(tree: dict[str, Any], path: str, text: str) -> None:
         table[keys[-1]] = value
 
 
+@functools.cache
+def _program() -> str:
+    """A digest of aiovm's sources."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(root.rglob("*.py")):
+        data = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
 class _Stored(msgspec.Struct, frozen=True):
+    program: str
     settings: dict[str, str]
     seed: int
     result: SimResult
@@ -140,15 +154,18 @@ def run_sweep(todo: Sequence[Point], out: Path, *, executor: str = "process") ->
 
 def _load(path: Path) -> SimResult | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Stored).result
+        stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
     except FileNotFoundError:
         return None
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{path} is not a result of a sweep: {error}") from error
+    if stored.program != _program():
+        raise ConfigError(f"{path} is a result of another version of aiovm: give another directory")
+    return stored.result
 
 
 def _store(path: Path, point: Point, result: SimResult) -> None:
     try:
-        store(path, to_json(_Stored(point.settings, point.seed, result)))
+        store(path, to_json(_Stored(_program(), point.settings, point.seed, result)))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error

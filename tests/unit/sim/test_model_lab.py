@@ -1,5 +1,6 @@
 """Runs of scenarios: what is measured adds up, history's switches do something, the same seed gives the same JSON."""
 
+import json
 import os
 import subprocess
 import sys
@@ -172,7 +173,12 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     assert len(results) == 4
     assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in times.items())
     assert results[todo[0].name] == simulate(todo[0].scenario, seed=1)
-    (tmp_path / todo[0].name).write_text("{")
+    stored = tmp_path / todo[0].name
+    other = json.loads(stored.read_bytes()) | {"program": "00" * 12}
+    stored.write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match="of another version of aiovm"):
+        list(run_sweep(todo, tmp_path))
+    stored.write_text("{")
     with pytest.raises(ConfigError, match="not a result"):
         list(run_sweep(todo, tmp_path))
 
