@@ -7,6 +7,7 @@ state, and which :meth:`Core.sync_in` and :meth:`Core.sync_out` keep in step (:m
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Final
 
 from aiovm.engine.unicorn import lib
@@ -43,7 +44,7 @@ _M32: Final = 0xFFFF_FFFF
 
 
 class Core:
-    """One ``Uc`` with everything filled in that intercepts need; ``close`` frees it."""
+    """One ``Uc`` with everything filled in that intercepts need; ``close`` frees it, or its own end."""
 
     def __init__(self, *, pointers: bool) -> None:
         self.pointers = pointers
@@ -60,6 +61,8 @@ class Core:
         self._map_private_pages()
         self._context = ctypes.c_void_p()
         lib.check(lib.uc_context_alloc(out, ctypes.byref(self._context)), "allocate a context")
+        self._free = weakref.finalize(self, _free, out, self._context)
+        self._free.atexit = False  # a thread may be in a slice then
         lib.check(lib.uc_context_save(out, self._context), "save the initial state")
         assert self._context.value is not None
         payload = (ctypes.c_char * ENV_END).from_address(self._context.value + CONTEXT_PAYLOAD)
@@ -101,8 +104,7 @@ class Core:
 
     def close(self) -> None:
         """Free it."""
-        lib.uc_context_free(self._context)
-        lib.uc_close(self.handle)
+        self._free()
 
     # ---- registers -------------------------------------------------------------------------------------------------
 
@@ -172,6 +174,11 @@ class Core:
         """Forget every translation, of code and of addresses."""
         lib.uc_ctl_0(self.handle, lib.CTL_TB_FLUSH)
         self.flush_tlb()
+
+
+def _free(handle: ctypes.c_void_p, context: ctypes.c_void_p) -> None:
+    lib.uc_context_free(context)
+    lib.uc_close(handle)
 
 
 def _template(fresh: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """The Unicorn engine: slices stop exactly, CPUs keep what is theirs, kicks and errors lose nothing."""
 
+import gc
 import random
 import threading
 
@@ -7,6 +8,7 @@ import pytest
 from core_machine import CODE, DATA, ENGINES, LONG, Machine, code, every_engine, start64
 
 from aiovm.engine.base import Seg, Segment
+from aiovm.engine.unicorn import core
 from aiovm.errors import StateError
 from aiovm.exits import BUDGET, Hlt, Interrupted, SystemEvent
 
@@ -360,3 +362,20 @@ def test_closing_twice_is_closing(make):
     m.engine.close()
     m.engine.close()
     assert m.state.rip == 0x10001  # the state outlives the core
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_core_that_nobody_closed_is_freed_with_its_machine(closed, monkeypatch):
+    """Once in either case: freeing a core twice corrupts the heap."""
+    freed = []
+    monkeypatch.setattr(core.lib, "uc_close", freed.append)
+    opened = core.Core(pointers=True)
+    handle = opened.handle
+    if closed:
+        opened.close()
+        assert freed == [handle]
+    del opened
+    gc.collect()
+    assert freed == [handle]
+    monkeypatch.undo()
+    core.lib.uc_close(handle)
