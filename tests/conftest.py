@@ -4,6 +4,7 @@ import signal
 import sys
 
 import pytest
+import structlog
 
 from aiovm.cli import main
 
@@ -24,4 +25,5 @@ def aiovm(monkeypatch, capfd):
         out, err = capfd.readouterr()
         return left.value.code, out, err.splitlines()
 
-    return call
+    yield call
+    structlog.reset_defaults()  # what the command sets ends with its process; this one goes on
