@@ -110,7 +110,9 @@ class PagingRegs(NamedTuple):
     @classmethod
     def of(cls, cpu: CpuState, pdptrs: tuple[int, int, int, int] | None = None) -> PagingRegs:
         """The registers of ``cpu``."""
-        return cls(cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer, cpu.rflags, cpu.cpl, pdptrs)
+        cr4 = cpu.cr4
+        pkru = cpu.pkru if cr4 & _CR4_PKE else 0
+        return cls(cpu.cr0, cpu.cr3, cr4, cpu.efer, cpu.rflags, cpu.cpl, pdptrs, pkru=pkru)
 
     def data_access(self, *, write: bool = False) -> int:
         """The access bits of an instruction's own load or store: U when CPL is 3."""
@@ -213,7 +215,7 @@ def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int) ->
         wanted |= _PS | (_DIRTY if access & _WRITE else 0)
         if entry & (looked | wanted | _LEAF_RESERVED[21]) != wanted:
             return -1
-        if allow & entry & _USER and regs.cr4 & (_CR4_SMAP | _CR4_PKE):
+        if allow & entry & _USER and (regs.cr4 & _CR4_SMAP or _key_rights(regs, entry)):
             return -1
         return entry & _ADDRESS & -0x20_0000 | gva & 0x1F_FFFF
     if entry & looked != wanted:
@@ -228,7 +230,7 @@ def kernel_page(memory: GuestMemory, regs: PagingRegs, gva: int, access: int) ->
         looked |= _DIRTY
     if entry & (looked & ~_PS) != wanted:
         return -1
-    if allow & entry & _USER and regs.cr4 & (_CR4_SMAP | _CR4_PKE):
+    if allow & entry & _USER and (regs.cr4 & _CR4_SMAP or _key_rights(regs, entry)):
         return -1
     return entry & _ADDRESS | gva & 0xFFF
 
@@ -282,7 +284,7 @@ def _walk64(
                 break
             table = entry & _ADDRESS
             shift -= 9
-        code = _denied(regs, allow, entry >> 59 & 0xF, access)
+        code = _denied(regs, allow, entry, access)
         if code:
             return _fault(regs, gva, access, code)
         size = 1 << shift
@@ -359,7 +361,12 @@ def _fault(regs: PagingRegs, gva: int, access: int, code: int) -> PageFault:
     return PageFault(code, gva)
 
 
-def _denied(regs: PagingRegs, allow: int, key: int, access: int) -> int:
+def _key_rights(regs: PagingRegs, leaf: int) -> int:
+    """What the protection key of a user page's entry takes away: 1 AD, access; 2 WD, writing (SDM vol. 3A, 4.6.2)."""
+    return regs.pkru >> (leaf >> 58 & 0x1E) & 3 if regs.cr4 & _CR4_PKE else 0
+
+
+def _denied(regs: PagingRegs, allow: int, leaf: int, access: int) -> int:
     """0, or P (and PK): what the gathered bits forbid (SDM vol. 3A, 4.6; KVM ``permission_fault``)."""
     user_page = allow & _USER
     fault: int
@@ -375,8 +382,8 @@ def _denied(regs: PagingRegs, allow: int, key: int, access: int) -> int:
     if access & _FETCH:
         if not allow & _NX and regs.efer & _EFER_NXE and regs.cr4 & _CR4_PAE:
             fault = True
-    elif user_page and regs.cr4 & _CR4_PKE and regs.efer & _EFER_LMA:
-        rights = regs.pkru >> 2 * key & 3  # AD, then WD
+    elif user_page and regs.efer & _EFER_LMA:
+        rights = _key_rights(regs, leaf)
         if rights & 1 or (rights & 2 and access & _WRITE and (access & _USER or regs.cr0 & _CR0_WP)):
             return _PRESENT | _PK
     return _PRESENT if fault else 0

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["VcpuPort"]
 
 _M64 = (1 << 64) - 1
-_OSXSAVE = 1 << 18
 _TASKPRI = 0x80
 _IF = 0x200
 
@@ -71,8 +70,10 @@ class VcpuPort:
         if same is not None:
             return same
         apic = self.vcpu.apic
-        osxsave = bool(self.vcpu.context.state.cr4 & _OSXSAVE)
-        return self.vm.cpuid.answer(leaf, subleaf, apic.apic_id, apic_enabled=apic.hw_enabled, osxsave=osxsave)
+        state = self.vcpu.context.state
+        return self.vm.cpuid.answer(
+            leaf, subleaf, apic.apic_id, apic_enabled=apic.hw_enabled, cr4=state.cr4, xcr0=state.xcr0
+        )
 
     def on_rdtsc(self) -> int:
         return self.vcpu.msrs.read_tsc()

@@ -201,9 +201,9 @@ class VcpuIoctls:
         return KvmXcrs(self.context.state.xcr0)
 
     def set_xcrs(self, xcrs: KvmXcrs) -> None:
-        """KVM_SET_XCRS: x87 and SSE are what there is (``__kvm_set_xcr``)."""
+        """KVM_SET_XCRS: x87, SSE and PKRU are what there is (``__kvm_set_xcr``)."""
         self._between_slices("set_xcrs")
-        if xcrs.xcr0 not in (1, 3):
+        if not xcrs.xcr0 & 1 or xcrs.xcr0 & ~0x203:
             raise ConfigError(f"KvmXcrs.xcr0: {xcrs.xcr0:#x} has states that CPUID does not offer, or not x87 (EINVAL)")
         self.context.state.xcr0 = xcrs.xcr0
 

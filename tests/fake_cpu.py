@@ -24,6 +24,7 @@ class FakeCpu:
     cr3: int = 0
     cr4: int = 0
     efer: int = 0
+    pkru: int = 0
     cpl: int = 0
     interrupt_shadow: bool = False
     gdt: DescriptorTable = field(default_factory=lambda: DescriptorTable(0, 0xFFFF))

@@ -154,8 +154,10 @@ class CpuState(Protocol):
     cr3: int
     cr4: int
     efer: int
-    #: The states that XSAVE knows: x87 1, SSE 2.
+    #: The states that XSAVE knows: x87 1, SSE 2, PKRU 0x200.
     xcr0: int
+    #: Rights of protection keys: for each of 16, access disabled, then writes disabled.
+    pkru: int
     #: Current privilege level, 0–3.
     cpl: int
     #: An STI or MOV-SS shadow covers the next instruction.

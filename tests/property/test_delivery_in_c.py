@@ -54,6 +54,7 @@ class Machine:
         self.context.reset(init=False)
         state = self.context.state
         state.cr0, state.cr3, state.cr4, state.efer, state.cr2 = cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer, cpu.cr2
+        state.pkru = cpu.pkru
         state.gdt, state.idt = cpu.gdt, cpu.idt
         for which, value in cpu.segments.items():
             state.set_segment(which, value)
@@ -313,9 +314,25 @@ def users_stack_with_smap(memory, cpu):
     cpu.cr4 |= 1 << 21
 
 
+def keys(pkru):
+    """CR4.PKE, and the stack is a user's page with key 5."""
+
+    def prepare(memory, cpu):
+        cpu.cr4 |= 1 << 22
+        cpu.pkru = pkru
+        memory.write_u(PTES + 8 * 8, 8, 0x8067 | 5 << 59)
+
+    return prepare
+
+
 @refused
-def users_stack_with_keys(memory, cpu):
-    cpu.cr4 |= 1 << 22
+def users_stack_without_access(memory, cpu):
+    keys(1 << 10)(memory, cpu)
+
+
+@refused
+def users_stack_without_writing(memory, cpu):
+    keys(2 << 10)(memory, cpu)
 
 
 @refused
@@ -338,6 +355,12 @@ def test_what_python_must_decide(machine, what):
     cpu = prepare(machine.memory)
     what(machine.memory, cpu)
     assert not machine.both(cpu, fault())
+
+
+def test_a_key_that_forbids_nothing(machine):
+    cpu = prepare(machine.memory)
+    keys(0xFFFF_FFFF & ~(3 << 10 | 3))(machine.memory, cpu)
+    assert machine.both(cpu, fault())
 
 
 def test_a_gate_that_int_may_not_use(machine):

@@ -62,17 +62,23 @@ def test_features_of_leaf_7():
     assert eax == 2  # the last subleaf
     # FSGSBASE TSC_ADJUST BMI1 SMEP BMI2 SMAP CLFLUSHOPT CLWB: no ERMS (9), AVX2 (5), RDSEED (18), ADX (19)
     assert bits(ebx) == {0, 1, 3, 7, 8, 20, 23, 24}
-    assert bits(ecx) == {2}  # UMIP
+    assert bits(ecx) == {2, 3}  # UMIP, PKU
+    assert bits(table().answer(7, 0, 0, cr4=1 << 22)[2]) == {2, 3, 4}  # OSPKE
+    assert table().answer(7, 2, 0, cr4=1 << 22) == (0, 0, 0, 0x10)
     assert bits(edx) == {26, 27, 29}  # IBRS and IBPB, STIBP, ARCH_CAPABILITIES
     assert table().answer(7, 1, 0) == (0, 0, 0, 0)
     assert table().answer(7, 2, 0) == (0, 0, 0, 0x10)  # BHI_CTRL
 
 
 def test_xsave():
-    assert table().answer(0xD, 0, 0) == (3, 576, 576, 0)  # x87 and SSE: legacy area and header
+    # x87, SSE, PKRU. EBX: the bytes for what XCR0 has, at first the legacy area and the header; ECX: for all.
+    assert table().answer(0xD, 0, 0) == (0x203, 576, 2696, 0)
+    assert table().answer(0xD, 0, 0, xcr0=3) == (0x203, 576, 2696, 0)
+    assert table().answer(0xD, 0, 0, xcr0=0x201) == (0x203, 2696, 2696, 0)
+    assert table().answer(0xD, 9, 0, xcr0=0x203) == (8, 2688, 0, 0)
     assert table().answer(0xD, 1, 0) == (5, 0, 0, 0)  # XSAVEOPT and XGETBV with ECX 1; no XSAVEC, no XSAVES
     assert table().answer(0xD, 2, 0) == (0, 0, 0, 0)
-    assert table().answer(1, 0, 0, osxsave=True)[2] >> 27 & 1
+    assert table().answer(1, 0, 0, cr4=1 << 18)[2] >> 27 & 1
 
 
 def test_extended_features():
@@ -146,4 +152,6 @@ def test_leaves_that_are_the_same_everywhere():
     assert {0, 2, 6, 0x8000_0001, 0x4000_0001} <= t.same.keys()
     assert not {1, 4, 7, 0xB, 0xD} & t.same.keys()
     for leaf, found in t.same.items():
-        assert found == t.answer(leaf, 0, 0) == t.answer(leaf, 5, 3, apic_enabled=False, osxsave=True)
+        assert (
+            found == t.answer(leaf, 0, 0) == t.answer(leaf, 5, 3, apic_enabled=False, cr4=1 << 18 | 1 << 22, xcr0=0x203)
+        )

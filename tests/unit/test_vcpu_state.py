@@ -171,16 +171,18 @@ def test_mxcsr_above_16_bits_is_refused(cpu):
         cpu.set_fpu(KvmFpu(mxcsr=0x1_1F80))
 
 
-def test_xcr0_has_x87_and_may_have_sse(cpu):
+def test_xcr0_has_x87_and_may_have_sse_and_pkru(cpu):
     assert cpu.get_xcrs() == KvmXcrs(1)
     cpu.set_xcrs(KvmXcrs(3))
     assert cpu.get_xcrs() == KvmXcrs(3)
     cpu.context.restore(cpu.context.save())
     assert cpu.get_xcrs() == KvmXcrs(3)
-    for value in (0, 2, 5, 7):
+    cpu.set_xcrs(KvmXcrs(0x203))
+    assert cpu.get_xcrs() == KvmXcrs(0x203)
+    for value in (0, 2, 5, 7, 0x202, 0x207):
         with pytest.raises(ConfigError, match="EINVAL"):
             cpu.set_xcrs(KvmXcrs(value))
-    assert cpu.get_xcrs() == KvmXcrs(3)
+    assert cpu.get_xcrs() == KvmXcrs(0x203)
 
 
 def test_debug_registers_take_effect():

@@ -77,6 +77,7 @@ typedef struct {
     struct tlb_table *tlb;   /* the core's TLB, a table for each of its MMU modes */
     void (*flush_tlb)(void *);
     uint64_t *cr3;
+    const uint32_t *pkru;
     int64_t cr3_width;       /* bits that CR3 has; 0: stores to it go to Python */
     uint64_t *resume;        /* where a block clears RF: the flags, or nobody's word; see let_return */
     uint64_t *intercepts;    /* by bit: the exit's number less 0x160 */

@@ -55,7 +55,7 @@ static char *straight(const budget *b, uint64_t linear, unsigned size, bool stor
             return NULL;
         allow &= entry;
         if (leaf)
-            return allow & U && b->cr3[1] & (SMAP | PKE)
+            return allow & U && (b->cr3[1] & SMAP || (b->cr3[1] & PKE && *b->pkru >> (entry >> 58 & 30) & 3))
                        ? NULL
                        : memory_at(b, (entry & TABLE & ~offset) | (linear & offset), store);
         table = entry;

@@ -153,6 +153,7 @@ class BudgetStruct(ctypes.Structure):
         ("tlb", c_void_p),
         ("flush_tlb", c_void_p),
         ("cr3", c_void_p),
+        ("pkru", c_void_p),
         ("cr3_width", c_int64),
         ("resume", c_void_p),
         ("intercepts", c_void_p),
@@ -279,6 +280,7 @@ class Budget:
             s.windows = windows
             s.intercepts = env + Env.INTERCEPT
             s.cr3 = env + Env.CR + 24
+            s.pkru = env + Env.PKRU
             s.efer = env + Env.EFER
             s.direction = env + Env.DF
             s.error_code = env + Env.ERROR_CODE

@@ -96,7 +96,7 @@ class UnicornEngine:
         self._kicked = False
         self._dirty_code = False
         #: The paging registers for which the TLB's contents hold; vCPUs that share them share it.
-        self._tlb_of: tuple[int, int, int, int] | None = None
+        self._tlb_of: tuple[int, int, int, int, int] | None = None
         self._keep: list[object] = []
         self._watches: list[ctypes.c_size_t] = []
         self._on_access = lib.HOOK_ACCESS_T(self._note_access)
@@ -443,7 +443,7 @@ class UnicornEngine:
             self.core.close()
 
 
-def _paging_key(state: EnvState) -> tuple[int, int, int, int]:
-    """What a translation depends on: CR0, CR3, CR4 and EFER."""
+def _paging_key(state: EnvState) -> tuple[int, int, int, int, int]:
+    """What a translation depends on: CR0, CR3, CR4, EFER and PKRU."""
     q, at = state.q, Env.CR >> 3
-    return q[at], q[at + 3], q[at + 4], q[Env.EFER >> 3]
+    return q[at], q[at + 3], q[at + 4], q[Env.EFER >> 3], state.d[Env.PKRU >> 2]

@@ -34,14 +34,14 @@ VIRQ_BYTE: Final = 1
 #: The state that a context holds: everything up to the reset area's end.
 ENV_END: Final = 0x15C0
 #: Behind it: what CPUID offers, which translations ask. What the core's model has, and what is left of it, as in
-#: :mod:`aiovm.cpuid`: no RDRAND, ADX nor protection keys, and in XCR0 only x87 and SSE. MOVBE is answered
+#: :mod:`aiovm.cpuid`: no RDRAND nor ADX, and in XCR0 only x87, SSE and PKRU. MOVBE is answered
 #: outside the core, whose own takes registers for memory.
 FEATURES: Final = {
     0x1608: (0xC6D8_2203, 0x8698_2203),  # 1:ECX
     0x1610: (0x0198_0389, 0x0190_0389),  # 7:EBX
-    0x1618: (0x8, 0x0),  # 7:ECX
+    0x1618: (0x8, 0x8),  # 7:ECX
     0x1698: (0x5, 0x5),  # 0xD.1:EAX
-    0x16A8: (0x2E7, 0x3),  # 0xD.0:EAX
+    0x16A8: (0x2E7, 0x203),  # 0xD.0:EAX
 }
 #: Where a uc_context's payload holds that state.
 CONTEXT_PAYLOAD: Final = 40
@@ -66,6 +66,7 @@ class Env:
     CR: Final = 0x1A8
     EFER: Final = 0x250
     XCR0: Final = 0x1328
+    PKRU: Final = 0x14B8
     STAR: Final = 0x12D8
     LSTAR: Final = 0x12E8
     FMASK: Final = 0x12F8

@@ -83,7 +83,7 @@ class EnvState:
 
     def __init__(self, read_flags: Callable[[], int], views: Views) -> None:
         self._read_flags = read_flags
-        #: A control register or EFER was written: the TLB must be flushed before the vCPU runs.
+        #: A control register, EFER or PKRU was written: the TLB must be flushed before the vCPU runs.
         self.paging_changed = False
         #: RFLAGS was written: see :meth:`fold_flags`.
         self.flags_changed = False
@@ -201,6 +201,16 @@ class EnvState:
     @xcr0.setter
     def xcr0(self, value: int) -> None:
         self.q[Env.XCR0 >> 3] = value
+
+    @property
+    def pkru(self) -> int:
+        value: int = self.d[Env.PKRU >> 2]
+        return value
+
+    @pkru.setter
+    def pkru(self, value: int) -> None:
+        self.d[Env.PKRU >> 2] = value
+        self.paging_changed = True
 
     def get_dr(self, index: int) -> int:
         value: int = self.q[(Env.DR >> 3) + index]
