@@ -27,6 +27,7 @@ __all__ = [
     "KvmSregs",
     "KvmVcpuEvents",
     "KvmXcrs",
+    "KvmXsave",
     "MpState",
 ]
 
@@ -253,6 +254,32 @@ class KvmFpu(_Struct):
     mxcsr: int = 0x1F80
 
     _shape: ClassVar = (("16s", 8), "H", "H", "B", "1x", "H", "Q", "Q", ("16s", 16), "I", "4x")
+
+
+@dataclass(frozen=True, slots=True)
+class KvmXsave(_Struct):
+    """``struct kvm_xsave``, 4096 bytes: XSAVE's area in standard form (SDM vol. 1, 13.4). The registers are as in
+    :class:`KvmFpu`; a state whose bit ``xstate_bv`` lacks is the initial one."""
+
+    fcw: int = 0x37F
+    fsw: int = 0
+    ftwx: int = 0
+    last_opcode: int = 0
+    last_ip: int = 0
+    last_dp: int = 0
+    mxcsr: int = 0x1F80
+    mxcsr_mask: int = 0xFFFF
+    fpr: tuple[bytes, ...] = (bytes(16),) * 8
+    xmm: tuple[bytes, ...] = (bytes(16),) * 16
+    xstate_bv: int = 0
+    xcomp_bv: int = 0
+    reserved: tuple[int, ...] = (0,) * 6
+    pkru: int = 0
+
+    _shape: ClassVar = (
+        "H", "H", "B", "1x", "H", "Q", "Q", "I", "I", ("16s", 8), ("16s", 16), "96x", "Q", "Q", ("Q", 6), "2112x",
+        "I", "1404x",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from aiovm.kvm_structs import (
     KvmSregs,
     KvmVcpuEvents,
     KvmXcrs,
+    KvmXsave,
     MpState,
 )
 
@@ -33,6 +34,10 @@ VALUES = {
     ),
     KvmDebugregs: st.builds(KvmDebugregs, QUAD, U64, U64, U64),
     KvmXcrs: st.builds(KvmXcrs, U64),
+    KvmXsave: st.builds(
+        KvmXsave, U16, U16, U8, U16, U64, U64, U32, U32, st.tuples(*[BYTES16] * 8), st.tuples(*[BYTES16] * 16),
+        U64, U64, st.tuples(*[U64] * 6), U32,
+    ),
     KvmVcpuEvents: st.builds(
         KvmVcpuEvents, *[U8] * 4, U32, *[U8] * 7, U32, U32, *[U8] * 5, U8, U64
     ),
@@ -42,7 +47,7 @@ VALUES = {
 @pytest.mark.parametrize(
     ("kind", "size"),
     [(KvmRegs, 144), (KvmSegment, 24), (KvmDtable, 16), (KvmSregs, 312), (KvmFpu, 416), (KvmDebugregs, 128),
-     (KvmXcrs, 392), (KvmVcpuEvents, 64)],
+     (KvmXcrs, 392), (KvmXsave, 4096), (KvmVcpuEvents, 64)],
 )  # fmt: skip
 def test_sizes_are_the_kernels(kind, size):
     assert kind.size() == size

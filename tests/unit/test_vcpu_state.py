@@ -9,7 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aiovm.errors import ConfigError, StateError
-from aiovm.kvm_structs import EventsFlag, KvmDebugregs, KvmFpu, KvmRegs, KvmSegment, KvmVcpuEvents, KvmXcrs, MpState
+from aiovm.kvm_structs import (
+    EventsFlag,
+    KvmDebugregs,
+    KvmFpu,
+    KvmRegs,
+    KvmSegment,
+    KvmVcpuEvents,
+    KvmXcrs,
+    KvmXsave,
+    MpState,
+)
 from aiovm.loop import Host, VirtualLoop, run
 from aiovm.vcpu_state import MSR_INDEX_LIST
 from aiovm.vm import Vm
@@ -183,6 +193,35 @@ def test_xcr0_has_x87_and_may_have_sse_and_pkru(cpu):
         with pytest.raises(ConfigError, match="EINVAL"):
             cpu.set_xcrs(KvmXcrs(value))
     assert cpu.get_xcrs() == KvmXcrs(0x203)
+
+
+def test_xsave_is_what_the_instruction_stores():
+    # CR4.OSXSAVE and PKE; x87, SSE and PKRU in XCR0; fld1; mov eax, 0x12345678; movd xmm3, eax; wrpkru; xsave [0x50000]
+    code = "0f20e0 0d00004400 0f22e0 31c9 31d2 b803020000 0f01d1 dbe3 d9e8 b878563412 660f6ed8 0f01ef"
+    code += "b803020000 0fae242500000500"
+    end = bare(code + END, look=lambda vm: vm.vcpus[0].get_xsave())
+    xsave = end.extra
+    assert xsave == KvmXsave.unpack(end.read(DATA, 4096))
+    assert (xsave.pkru, xsave.xmm[3][:4].hex(), xsave.xstate_bv) == (0x1234_5678, "78563412", 0x203)
+
+
+def test_xsave_loads_what_its_header_has(cpu):
+    ones, full = (b"\x11" * 16,) * 16, KvmFpu(fpr=(b"\x22" * 10 + bytes(6),) * 8, fcw=0x27F, ftwx=0xFF, mxcsr=0x1FA0)
+    xsave = KvmXsave(fcw=0x27F, ftwx=0xFF, mxcsr=0x1FA0, fpr=full.fpr, xmm=ones, pkru=0x55)
+    cpu.set_xsave(replace(xsave, xstate_bv=0x203))
+    assert cpu.get_xsave() == replace(xsave, xstate_bv=0x203)
+    cpu.context.restore(cpu.context.save())
+    assert (cpu.get_fpu(), cpu.context.state.pkru) == (replace(full, xmm=ones), 0x55)
+    cpu.set_xsave(replace(xsave, xstate_bv=1))
+    assert (cpu.get_fpu(), cpu.context.state.pkru) == (full, 0)
+    cpu.set_xsave(replace(xsave, xstate_bv=0x202))
+    assert (cpu.get_fpu(), cpu.context.state.pkru) == (KvmFpu(xmm=ones, mxcsr=0x1FA0), 0x55)
+    cpu.set_xsave(replace(xsave, xstate_bv=0))
+    assert (cpu.get_fpu(), cpu.context.state.pkru) == (KvmFpu(), 0)
+    for wrong in ({"xstate_bv": 4}, {"xcomp_bv": 1 << 63}, {"reserved": (0, 0, 1, 0, 0, 0)}, {"mxcsr": 0x1_1F80}):
+        with pytest.raises(ConfigError, match="EINVAL"):
+            cpu.set_xsave(replace(xsave, **{"xstate_bv": 3} | wrong))
+    assert cpu.get_fpu() == KvmFpu()
 
 
 def test_debug_registers_take_effect():

@@ -49,6 +49,7 @@ _EIP: Final = Env.EIP >> 3
 _EFLAGS: Final = Env.EFLAGS >> 3
 _IF: Final = 0x200
 _RF: Final = 1 << 16
+_PSE, _PAE = 1 << 4, 1 << 5
 #: KVM's ple_gap: TSC cycles between two PAUSEs of one loop (``arch/x86/kvm/vmx/vmx.c``).
 PLE_GAP_CYCLES: Final = 128
 _STOP_NOW: Final = -(1 << 62)
@@ -444,6 +445,8 @@ class UnicornEngine:
 
 
 def _paging_key(state: EnvState) -> tuple[int, int, int, int, int]:
-    """What a translation depends on: CR0, CR3, CR4, EFER and PKRU."""
+    """What a translation depends on: CR0, CR3, CR4, EFER and PKRU. Under PAE, PSE means nothing (SDM vol. 3A, 4.1.4):
+    Linux's first CPU has it, its others have not."""
     q, at = state.q, Env.CR >> 3
-    return q[at], q[at + 3], q[at + 4], q[Env.EFER >> 3], state.d[Env.PKRU >> 2]
+    cr4 = q[at + 4]
+    return q[at], q[at + 3], cr4 & ~_PSE if cr4 & _PAE else cr4, q[Env.EFER >> 3], state.d[Env.PKRU >> 2]

@@ -249,6 +249,43 @@ def test_a_page_table_that_the_host_changes_is_seen_after_a_flush(make):
     assert m.gpr[0] == 0x77
 
 
+@pytest.mark.parametrize(
+    ("change", "shares"),
+    [
+        ({}, True),
+        ({"cr4": 0x630}, True),  # PSE, which says nothing under PAE
+        ({"cr4": 0x20_0620}, False),  # SMAP
+        ({"pkru": 4}, False),
+        ({"cr0": 0x8000_0033}, False),  # WP
+        ({"efer": 0x501}, False),  # NXE
+    ],
+)
+def test_who_has_the_same_translations_finds_them_where_he_begins(make, monkeypatch, change, shares):
+    m = make("ffc0 ebfc", cpus=2)  # inc eax; jmp back
+    for name, value in change.items():
+        setattr(m.contexts[1].state, name, value)
+    for context in m.contexts:
+        context.run(m.cells[0] + 20)
+    flushes = []
+    monkeypatch.setattr(m.engine.core, "flush_tlb", lambda: flushes.append(None))
+    for context in m.contexts * 2:
+        context.run(m.cells[0] + 20)
+    assert len(flushes) == (0 if shares else 4)
+
+
+def test_pse_counts_without_pae(make, monkeypatch):
+    m = make("ffc0 ebfc", cpus=2)
+    for context, cr4 in zip(m.contexts, (0x600, 0x610), strict=True):
+        context.state.efer, context.state.cr0, context.state.cr4 = 0, 0x33, cr4
+        context.state.set_segment(Seg.CS, Segment(0x08, 0, 0xFFFF_FFFF, 0xCF_9B00))
+        context.run(m.cells[0] + 20)
+    flushes = []
+    monkeypatch.setattr(m.engine.core, "flush_tlb", lambda: flushes.append(None))
+    for context in m.contexts * 2:
+        context.run(m.cells[0] + 20)
+    assert len(flushes) == 4
+
+
 def test_flags_of_a_context_that_is_not_loaded_are_right(make):
     m = make("31c0 f9 90 eb00 f4", cpus=2)  # xor eax, eax; stc; nop; jmp +0; hlt
     assert m.contexts[0].run(1) is BUDGET  # lazily computed flags, in mid-program
