@@ -26,7 +26,7 @@ from bare import (
         "48b800000200000000800f22d8",  # bit 63 without PCID  # mov rax, 0x8000000000020000; mov cr3, rax
         "b8202600000f22e0",  # VMXE  # mov eax, 0x2620; mov cr4, rax
         "b8200602000f22e0",  # PCIDE  # mov eax, 0x20620; mov cr4, rax
-        "b8200640000f22e0",  # PKE  # mov eax, 0x400620; mov cr4, rax
+        "b8200600010f22e0",  # PKS  # mov eax, 0x1000620; mov cr4, rax
         "48b820060000010000000f22e0",  # mov rax, 0x100000620; mov cr4, rax
         "b8000600000f22e0",  # PAE off in long mode  # mov eax, 0x600; mov cr4, rax
         "b810000000440f22c0",  # mov eax, 0x10; mov cr8, rax
