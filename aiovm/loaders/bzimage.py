@@ -2,11 +2,12 @@
 
 By default the kernel is unpacked here and loaded as the ELF file that it is: it starts at once, where the guest's own
 decompressor would run for many emulated seconds. With ``unpack=False`` the decompressor runs, at the address that the
-kernel prefers (a relocatable kernel may move up from it), through the entry 0x200 bytes into its code. So does an image
+kernel prefers (a relocatable kernel may move up from it), through the entry 0x200 bytes into its code (the first
+byte of a 32-bit kernel's). So does an image
 that holds no packed kernel (its payload has no bytes: MemTest86+).
 
 Source: Documentation/arch/x86/boot.rst (Linux 6.16); header fields by their offset there. Modelled: protocol 2.08 and
-later (payload fields), 2.12 and later for ``unpack=False`` (the 64-bit entry). Not modelled: 32-bit kernels, the
+later (payload fields), the 32-bit entry and from 2.12 on the 64-bit one. Not modelled: the
 real-mode and EFI entries, KASLR when unpacked here (the kernel lies where it was linked).
 """
 
@@ -59,12 +60,12 @@ def load(request: LoadRequest) -> LoadedImage:
     payload, length = request.fields("II", 0x248, "setup header")
     if request.unpack and length:
         kernel = request.piece(code_at + payload, length, "payload")
-        rip, how, symbols = _load_unpacked(request, kernel)
+        rip, bits, how, symbols = _load_unpacked(request, kernel)
     else:
-        rip, how, symbols = _load_packed(request, code_at, version)
+        rip, bits, how, symbols = _load_packed(request, code_at, version)
     (initrd_max,) = request.fields("I", 0x22C, "setup header")
     cmdline_max = request.fields("I", 0x238, "setup header")[0] if version >= _WITH_CMDLINE_SIZE else _CMDLINE_DEFAULT
-    entry = enter(request, rip, setup=bytes(setup), cmdline_max=cmdline_max, initrd_max=initrd_max)
+    entry = enter(request, rip, bits=bits, setup=bytes(setup), cmdline_max=cmdline_max, initrd_max=initrd_max)
     return LoadedImage(
         kind="bzimage",
         name=request.name,
@@ -75,30 +76,27 @@ def load(request: LoadRequest) -> LoadedImage:
     )
 
 
-def _load_unpacked(request: LoadRequest, payload: memoryview) -> tuple[int, str, Symbols]:
+def _load_unpacked(request: LoadRequest, payload: memoryview) -> tuple[int, int, str, Symbols]:
     codec, kernel = unpack(request, payload)
     inner = dataclasses.replace(request, image=kernel)
     image = elf.parse(inner)
-    if image.bits != 64:
-        raise request.refuse("a 32-bit Linux kernel: only the 64-bit boot protocol is supported")
     elf.place(inner, image)
-    return image.entry, f"{codec}, {image.describe()}", Symbols(kernel, request.name)
+    return image.entry, image.bits, f"{codec}, {image.describe()}", Symbols(kernel, request.name)
 
 
-def _load_packed(request: LoadRequest, code_at: int, version: int) -> tuple[int, str, Symbols]:
+def _load_packed(request: LoadRequest, code_at: int, version: int) -> tuple[int, int, str, Symbols]:
     flags = request.fields("H", 0x236, "setup header")[0] if version >= _WITH_XLOADFLAGS else 0
-    if not flags & _XLF_KERNEL_64:
-        raise request.refuse("this kernel has no 64-bit entry")
+    bits, entry = (64, _ENTRY_64) if flags & _XLF_KERNEL_64 else (32, 0)
     alignment, relocatable = request.fields("IB", 0x230, "setup header")
     preferred, room = request.fields("QI", 0x258, "setup header")
     code = request.piece(code_at, len(request.image) - code_at, "kernel") if code_at < len(request.image) else b""
-    if len(code) <= _ENTRY_64:
+    if len(code) <= entry:
         raise request.refuse(f"truncated: kernel at {code_at:#x}, the image has {len(request.image):#x} bytes")
     size = max(room, len(code))
     windows = ((preferred, 4 * GIB if relocatable else preferred + size),)
     base = request.ram.place(size, "kernel", align=max(alignment, 1), windows=windows)
     request.ram.write(base, code)
-    return base + _ENTRY_64, f"packed, at {base:#x}-{base + size:#x}, entry {base + _ENTRY_64:#x}", Symbols()
+    return base + entry, bits, f"packed, at {base:#x}-{base + size:#x}, entry {base + entry:#x}", Symbols()
 
 
 def _release(request: LoadRequest) -> str:

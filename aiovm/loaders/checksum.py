@@ -22,10 +22,11 @@ __all__ = ["check"]
 
 _PARAGRAPH = 16
 _SYSSIZE = 0x1F4
-#: Where the PE header's place stands; from it on the optional header's magic, checksum and certificates.
+#: Where the PE header's place stands; from it on the optional header's magic and checksum,
+#: and where it has its certificates, by its magic (PE32, PE32+).
 _PE_AT = 0x3C
-_MAGIC, _CHECKSUM, _CERTIFICATES = 24, 24 + 64, 24 + 112 + 4 * 8
-_PE32_PLUS = 0x20B
+_MAGIC, _CHECKSUM = 24, 24 + 64
+_CERTIFICATES = {0x10B: 24 + 96 + 4 * 8, 0x20B: 24 + 112 + 4 * 8}
 _SETUP = 0x1F1
 _WITHOUT = (6, 16)
 #: ``zlib.crc32`` gives the remainder inverted.
@@ -51,8 +52,8 @@ def check(request: LoadRequest, code_at: int, release: str) -> None:
 def _unsign(header: bytearray) -> None:
     """Clear what signing filled in."""
     pe = int.from_bytes(header[_PE_AT : _PE_AT + 4], "little")
-    if header[pe : pe + 4] != b"PE\0\0" or pe + _CERTIFICATES + 8 > _SETUP:
+    certificates = _CERTIFICATES.get(int.from_bytes(header[pe + _MAGIC : pe + _MAGIC + 2], "little"))
+    if header[pe : pe + 4] != b"PE\0\0" or certificates is None or pe + certificates + 8 > _SETUP:
         return
-    if int.from_bytes(header[pe + _MAGIC : pe + _MAGIC + 2], "little") == _PE32_PLUS:
-        header[pe + _CHECKSUM : pe + _CHECKSUM + 4] = bytes(4)
-        header[pe + _CERTIFICATES : pe + _CERTIFICATES + 8] = bytes(8)
+    header[pe + _CHECKSUM : pe + _CHECKSUM + 4] = bytes(4)
+    header[pe + certificates : pe + certificates + 8] = bytes(8)

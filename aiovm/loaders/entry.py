@@ -105,9 +105,13 @@ def real_mode(address: int, *, gpr: Mapping[Reg, int]) -> EntryState:
     )
 
 
-def protected_mode(ram: Ram, rip: int, *, gpr: Mapping[Reg, int]) -> EntryState:
-    """Begin in 32-bit code with CS 8, other segments 0x10."""
-    segments, gdt = _flat_segments(ram, Segment(0x08, 0, _FLAT, _CODE32), Segment(0x10, 0, _FLAT, _DATA32))
+def protected_mode(
+    ram: Ram, rip: int, *, gpr: Mapping[Reg, int], code_selector: int = 0x08, data_selector: int = 0x10
+) -> EntryState:
+    """Begin in 32-bit code."""
+    segments, gdt = _flat_segments(
+        ram, Segment(code_selector, 0, _FLAT, _CODE32), Segment(data_selector, 0, _FLAT, _DATA32)
+    )
     return EntryState(rip=rip, cr0=_CR0_PROTECTED, segments=segments, gdt=gdt, idt=DescriptorTable(0, 0), gpr=gpr)
 
 

@@ -1,17 +1,18 @@
-"""The 64-bit Linux boot protocol: the zero page, and ``vmlinux`` images.
+"""The 32-bit and 64-bit Linux boot protocols: the zero page, and ``vmlinux`` images.
 
-A kernel begins at its 64-bit entry with RSI = the zero page (``struct boot_params``), which tells it the command line,
-the ramdisk, the memory map and ACPI's root pointer. CS is 0x10, the data segments 0x18, interrupts are off, and 4 GiB
-are mapped to themselves, all of it executable: the kernel builds its own tables within its first instructions.
+A kernel begins with RSI = the zero page (``struct boot_params``), which tells it the command line, the ramdisk, the
+memory map and ACPI's root pointer. CS is 0x10, the data segments 0x18, interrupts are off. A 64-bit kernel finds 4 GiB
+mapped to themselves, all of it executable, a 32-bit one no paging: each builds its own tables within its first
+instructions.
 
 The zero page and the command line lie in low memory, the ramdisk as high as the kernel allows. Several modules make one
 ramdisk, each padded to four bytes, as the kernel reads a row of cpio archives.
 
-A ``vmlinux`` is an ELF64 file that carries the kernel's banner; what a bzImage's header would say is what kernels since
+A ``vmlinux`` is an ELF file that carries the kernel's banner; what a bzImage's header would say is what kernels since
 3.8 say.
 
-Source: Documentation/arch/x86/boot.rst and zero-page.rst (Linux 6.16; protocol 2.15). Not modelled: 16-bit and 32-bit
-entries, setup_data, screen_info (no display), EFI.
+Source: Documentation/arch/x86/boot.rst and zero-page.rst (Linux 6.16; protocol 2.15). Not modelled: the 16-bit entry,
+setup_data, screen_info (no display), EFI.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from aiovm.engine.base import Reg
 from aiovm.loaders import elf
-from aiovm.loaders.entry import long_mode
+from aiovm.loaders.entry import long_mode, protected_mode
 from aiovm.loaders.image import LoadedImage
 from aiovm.loaders.ram import memory_map
 from aiovm.loaders.symbols import Symbols
@@ -50,24 +51,29 @@ _MAP_ENTRIES = 128
 
 _VMLINUX_SETUP = {(0x1FE, 2): 0xAA55, (0x202, 4): HDRS, (0x206, 2): 0x20F, (0x230, 4): 2 * MIB}
 _VMLINUX_CMDLINE = 2047
-_VMLINUX_INITRD_MAX = 0x7FFF_FFFF
+_VMLINUX_INITRD_MAX = {32: 0x37FF_FFFF, 64: 0x7FFF_FFFF}
 
 
 def is_vmlinux(request: LoadRequest) -> bool:
-    """Whether the image is an ELF64 file with a kernel's banner in it."""
-    return request.image.startswith(elf.MAGIC + b"\2") and _BANNER in request.image
+    """Whether the image is an ELF file with a kernel's banner in it."""
+    return elf.is_elf(request) and _BANNER in request.image
 
 
 def load(request: LoadRequest) -> LoadedImage:
     """A kernel as the linker made it."""
     image = elf.parse(request)
-    if image.bits != 64:
-        raise request.refuse("a 32-bit Linux kernel: only the 64-bit boot protocol is supported")
     elf.place(request, image)
     setup = bytearray(_SETUP_END - SETUP)
     for (offset, size), value in _VMLINUX_SETUP.items():
         setup[offset - SETUP : offset - SETUP + size] = value.to_bytes(size, "little")
-    entry = enter(request, image.entry, setup=setup, cmdline_max=_VMLINUX_CMDLINE, initrd_max=_VMLINUX_INITRD_MAX)
+    entry = enter(
+        request,
+        image.entry,
+        bits=image.bits,
+        setup=setup,
+        cmdline_max=_VMLINUX_CMDLINE,
+        initrd_max=_VMLINUX_INITRD_MAX[image.bits],
+    )
     return LoadedImage(
         kind="vmlinux",
         name=request.name,
@@ -78,10 +84,13 @@ def load(request: LoadRequest) -> LoadedImage:
     )
 
 
-def enter(request: LoadRequest, rip: int, *, setup: bytes | bytearray, cmdline_max: int, initrd_max: int) -> EntryState:
+def enter(
+    request: LoadRequest, rip: int, *, bits: int, setup: bytes | bytearray, cmdline_max: int, initrd_max: int
+) -> EntryState:
     """Place ramdisk, command line and zero page around a kernel that lies in place; its entry state.
 
-    ``setup`` is the setup header from offset 0x1F1 on; ``initrd_max`` the last address that a ramdisk may have.
+    ``bits`` are 32 or 64, the protocol that ``rip`` is the entry of; ``setup`` is the setup header from offset 0x1F1
+    on; ``initrd_max`` the last address that a ramdisk may have.
     """
     ram = request.ram
     cmdline = request.text(request.cmdline, "command line")
@@ -117,6 +126,7 @@ def enter(request: LoadRequest, rip: int, *, setup: bytes | bytearray, cmdline_m
         struct.pack_into("<QQI", page, _MAP_AT + 20 * n, *entry)
     page_at = ram.place(_PAGE, "zero page", align=_PAGE)
     ram.write(page_at, page)
-    return long_mode(
-        ram, rip, gpr={Reg.RSI: page_at}, executable=[(0, 4 * GIB)], code_selector=_CODE, data_selector=_DATA
-    )
+    gpr = {Reg.RSI: page_at}
+    if bits == 32:
+        return protected_mode(ram, rip, gpr=gpr, code_selector=_CODE, data_selector=_DATA)
+    return long_mode(ram, rip, gpr=gpr, executable=[(0, 4 * GIB)], code_selector=_CODE, data_selector=_DATA)

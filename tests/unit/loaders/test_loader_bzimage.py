@@ -14,11 +14,12 @@ import pytest
 import zstandard
 from images import MIB, Load, bzimage, elf, memory
 
-from aiovm.engine.base import Reg
+from aiovm.engine.base import Reg, Seg
 from aiovm.errors import ConfigError
 from aiovm.loaders import Module, identify, load
 
 KERNEL = elf(64, [Load(0x200000, b"\xf4" * 5000, 0x2000, vaddr=0xFFFFFFFF81000000)], 0x200010)
+NARROW = elf(32, [Load(0x200000, b"\xf4" * 5000, 0x2000, vaddr=0xC0200000)], 0x200010)
 
 
 def sized(packed):
@@ -78,18 +79,18 @@ def test_a_damaged_payload_is_refused(codec):
     assert refused(bzimage(bytes(packed))).startswith(f"damaged {codec} payload: ")
 
 
-def summed(image, *, signed=False, release=b"6.1.0-test"):
+def summed(image, *, signed=False, release=b"6.1.0-test", magic=0x20B, certificates=0xE8):
     """As the kernel's build makes it: whole paragraphs, their count at 0x1F4, then CRC-32 that leaves no remainder."""
     image = bytearray(image) + bytes(-(len(image) + 4) % 16)
     image[0x3C:0x40] = (0x40).to_bytes(4, "little")
     image[0x40:0x44] = b"PE\0\0"
-    image[0x58:0x5A] = (0x20B).to_bytes(2, "little")
+    image[0x58:0x5A] = magic.to_bytes(2, "little")
     image[0x300 : 0x300 + 32] = (release + b" (somebody) #1").ljust(32, b"\0")
     image[0x1F4:0x1F8] = ((len(image) + 4 - 0x400) // 16).to_bytes(4, "little")
     image += (zlib.crc32(image) ^ 0xFFFF_FFFF).to_bytes(4, "little")
     if signed:
         image[0x98:0x9C] = b"\x4c\xd4\xd8\0"
-        image[0xE8:0xF0] = struct.pack("<II", len(image), 1472)
+        image[certificates : certificates + 8] = struct.pack("<II", len(image), 1472)
         image += bytes(1472)
     return image
 
@@ -103,6 +104,13 @@ def test_the_image_checksum_tells_any_damage(signed):
         broken[at] ^= 1
         assert refused(bytes(broken)) == "damaged: the image's checksum is wrong"
     assert refused(bytes(image[:0x710])).startswith("truncated: a kernel of ")
+
+
+def test_a_signed_32_bit_kernel_has_its_certificates_elsewhere():
+    image = summed(bzimage(gzip.compress(NARROW)), signed=True, magic=0x10B, certificates=0xD8)
+    assert boot(bytes(image))[0].kind == "bzimage"
+    image[0xE8] ^= 1
+    assert refused(bytes(image)) == "damaged: the image's checksum is wrong"
 
 
 def test_kernels_since_6_16_have_no_checksum():
@@ -148,9 +156,16 @@ def test_an_image_without_a_payload_is_all_there_is():
     assert loaded.summary == "Linux 6.1.0-test, packed, at 0x200000-0x210000, entry 0x200200"
 
 
-def test_what_is_inside_must_be_a_64_bit_kernel():
-    narrow = gzip.compress(elf(32, [Load(0x200000, b"\xf4")], 0x200000))
-    assert "a 32-bit Linux kernel" in refused(bzimage(narrow))
+def test_a_32_bit_kernel_begins_by_the_32_bit_protocol():
+    loaded, page = boot(bzimage(gzip.compress(NARROW), header={(0x22C, 4): 0x6FFFFF}), modules=(Module(b"disk"),))
+    assert loaded.summary == "Linux 6.1.0-test, gzip, ELF32, 1 segment at 0x200000-0x202000, entry 0x200010"
+    assert loaded.entry.rip == 0x200010
+    assert (loaded.entry.cr0 & 0x80000001, loaded.entry.efer) == (1, 0)
+    assert loaded.entry.segments[Seg.CS][:3] == (0x10, 0, 0xFFFFFFFF)
+    assert struct.unpack_from("<II", page, 0x218) == (0x6FF000, 4)
+
+
+def test_what_is_inside_must_be_a_kernel():
     assert refused(bzimage(gzip.compress(b"some text"))) == "not an ELF image: it does not begin with 7f 45 4c 46"
 
 
@@ -244,10 +259,11 @@ def test_only_a_relocatable_kernel_moves_up():
     assert refused(fixed, unpack=False).startswith("no room for kernel (0x10000 bytes) in 0x100000-0x110000")
 
 
-def test_without_a_64_bit_entry_it_is_refused():
-    why = "this kernel has no 64-bit entry"
-    assert refused(bzimage(PACKED["gzip"], xloadflags=0), unpack=False) == why
-    assert refused(bzimage(PACKED["gzip"], version=0x20B), unpack=False) == why
+@pytest.mark.parametrize("header", [{"xloadflags": 0}, {"version": 0x20B}])
+def test_without_a_64_bit_entry_it_begins_at_the_32_bit_one(header):
+    entry = boot(bzimage(PACKED["gzip"], **header), unpack=False)[0].entry
+    assert (entry.rip, entry.efer) == (0x200000, 0)
+    assert [entry.segments[s].selector for s in (Seg.CS, Seg.DS, Seg.SS)] == [0x10, 0x18, 0x18]
 
 
 def test_a_kernel_without_code_is_truncated():
