@@ -40,6 +40,7 @@ Rules (both hooks follow them; tests compare them):
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from ctypes import c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import partial
@@ -71,7 +72,7 @@ try:
 except ImportError:  # no compiler when the package was installed
     _budget = None
 
-__all__ = ["FAULTED", "INTERRUPTS", "NATIVE", "Budget", "BudgetStruct", "DeviceRange", "Handlers"]
+__all__ = ["FAULTED", "INTERRUPTS", "NATIVE", "PHYSICAL_END", "Budget", "BudgetStruct", "DeviceRange", "Handlers"]
 
 NATIVE: Final[bool] = _budget is not None
 
@@ -99,6 +100,8 @@ _INLINE_HOOK: Final = "uc_add_inline_hook_x86_64"
 _UC_WORDS: Final = 0x100
 #: The core's interrupt numbers are below; 0, which it does not use, is a fault that a carried instruction has raised.
 INTERRUPTS: Final = 0x200
+#: Behind the last guest physical address: MAXPHYADDR is 40.
+PHYSICAL_END: Final = 1 << 40
 FAULTED: Final = 0
 
 
@@ -291,8 +294,12 @@ class Budget:
         s.costs = ctypes.addressof(self.costs)
         s.stop = lib.address_of(lib.uc_emu_stop)
         s.ple_window = -1
-        #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`.
-        self.code_pages = bytearray(0)
+        #: One byte a guest page: 1 when code was translated from it since :meth:`forget_code`. Sparse: the host gives
+        #: memory for what was touched.
+        self.code_pages = mmap.mmap(-1, PHYSICAL_END // PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.code_pages.madvise(mmap.MADV_NOHUGEPAGE)
+        s.code_pages = ctypes.addressof(ctypes.c_char.from_buffer(self.code_pages))
+        s.code_page_count = len(self.code_pages)
         self.cover(())
         s.translate = lib.address_of(lib.uc_vmem_translate)
         s.fetch = lib.address_of(lib.uc_vmem_read)
@@ -387,10 +394,7 @@ class Budget:
 
     def cover(self, ram: Sequence[tuple[int, int, int, bool]]) -> None:
         """Memory is at these ranges: first address, the one behind the last, the host's; whether a store is a store and
-        no more, as nobody logs or refuses it. Until :meth:`forget_code` any page may hold code."""
-        self.code_pages = bytearray(b"\1") * max(1, max((end for _, end, _, _ in ram), default=0) >> 12)
-        self.struct.code_pages = ctypes.addressof(ctypes.c_char.from_buffer(self.code_pages))
-        self.struct.code_page_count = len(self.code_pages)
+        no more, as nobody logs or refuses it."""
         self._ram = (_MemoryRange * (len(ram) + 1))(*(_MemoryRange(*one) for one in ram))
         self.struct.ram = ctypes.addressof(self._ram)
 
@@ -426,7 +430,7 @@ class Budget:
 
     def forget_code(self) -> None:
         """Every translation was thrown away, of code and of addresses."""
-        ctypes.memset(self.struct.code_pages, 0, len(self.code_pages))
+        self.code_pages.madvise(mmap.MADV_DONTNEED)  # zeroes
 
     def _twin_translate(self, uc: int, now: int, _before: int, _user: int) -> None:
         block = _Block.from_address(now)

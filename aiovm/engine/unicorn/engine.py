@@ -212,8 +212,10 @@ class UnicornEngine:
         self.budget.serve_cr3(width)
 
     def forget_translations(self) -> None:
-        """The next slice translates all code anew."""
+        """Code is translated anew before another block runs: the running slice ends there."""
         self._dirty_code = True
+        if self.current is not None and self.current.map_generation >= 0:
+            self.cells[1] = _STOP_NOW
 
     @property
     def tsc_last(self) -> int:

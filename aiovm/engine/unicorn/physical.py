@@ -11,8 +11,8 @@ import ctypes
 from typing import TYPE_CHECKING, Final
 
 from aiovm.engine.unicorn import lib
-from aiovm.engine.unicorn.budget import DeviceRange
-from aiovm.errors import ConfigError
+from aiovm.engine.unicorn.budget import PHYSICAL_END, DeviceRange
+from aiovm.errors import ConfigError, EngineError
 from aiovm.memory import MemoryMap
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PhysicalSpace"]
 
-_PHYSICAL_END: Final = 1 << 40
 _4G: Final = 1 << 32
+_NONE: Final = 0
+_STORES_ONLY: Final = 2
 _READ_EXEC: Final = 5
 _ALL: Final = 7
-_STORES_ONLY: Final = 2
 
 
 #: Low, high, host address or 0 where nobody is, rights.
@@ -47,38 +47,51 @@ class PhysicalSpace:
         self._remap(MemoryMap(), memory.map)
 
     def _remap(self, _old: MemoryMap, new: MemoryMap) -> None:
-        """Follow the memory map. What stays is left alone."""
-        engine, uc = self._engine, self._engine.core.handle
+        """Follow the memory map, wholly or not at all."""
+        engine = self._engine
         if engine.closed:
             return
         for slot in new.slots:
-            if slot.end > _PHYSICAL_END:
+            if slot.end > PHYSICAL_END:
                 raise ConfigError(
                     f"memslot {slot.slot_id}: {slot.base:#x}+{slot.size:#x} lies beyond 40 bits of address (EINVAL)"
                 )
-        wanted = dict.fromkeys(_layout(new, engine.claims.ranges))
-        for low, high, address, rights in [r for r in self._mapped if r not in wanted]:
-            lib.check(lib.uc_mem_unmap(uc, low, high - low), f"unmap {low:#x}")
-            del self._mapped[low, high, address, rights]
-        for low, high, address, rights in [r for r in wanted if r not in self._mapped]:
-            keep: tuple[object, ...] = ()
-            if address:
-                error = lib.uc_mem_map_ptr(uc, low, high - low, 7, address)
-                if rights != 7:
-                    # What is mapped read-only from the start the core reports stores to, and then makes them.
-                    error = error or lib.uc_mem_protect(uc, low, high - low, rights)
-            else:
-                error, keep = self._map_device(low, high, rights)
-            lib.check(error, f"map {low:#x}+{high - low:#x}")
-            self._mapped[low, high, address, rights] = keep
-        if not all(slot.writable for slot in new.slots):
-            self._watch_rom()
+        before = list(self._mapped)
+        try:
+            self._bring(_layout(new, engine.claims.ranges))
+            if not all(slot.writable for slot in new.slots):
+                self._watch_rom()
+        except EngineError as error:
+            self._bring(before)
+            raise ConfigError("the core cannot map these memslots (ENOMEM); the old ones stay") from error
         engine.budget.cover(
             [(slot.base, slot.end, slot.host_address, slot.writable and slot.dirty is None) for slot in new.slots]
         )
         if engine.current is not None:
             engine.current.state.paging_changed = True
-        engine.forget_translations()
+
+    def _bring(self, ranges: Sequence[_Range]) -> None:
+        """Have these ranges mapped and no others. What stays is left alone."""
+        uc, wanted = self._engine.core.handle, dict.fromkeys(ranges)
+        with self._engine.core.unmapping():
+            for one in [r for r in self._mapped if r not in wanted]:
+                low, high, address, _ = one
+                lib.check(lib.uc_mem_unmap(uc, low, high - low), f"unmap {low:#x}")
+                del self._mapped[one]
+                if address:
+                    self._engine.forget_translations()
+        for one in [r for r in wanted if r not in self._mapped]:
+            low, high, address, rights = one
+            keep: tuple[object, ...] = ()
+            if address:
+                error = lib.uc_mem_map_ptr(uc, low, high - low, _ALL, address)
+            else:
+                error, keep = self._map_device(low, high, rights)
+            lib.check(error, f"map {low:#x}+{high - low:#x}")
+            self._mapped[one] = keep
+            if rights not in (_ALL, _NONE):
+                # What is mapped read-only from the start the core reports stores to, and then makes them.
+                lib.check(lib.uc_mem_protect(uc, low, high - low, rights), f"protect {low:#x}+{high - low:#x}")
 
     def _map_device(self, low: int, high: int, rights: int) -> tuple[int, tuple[object, ...]]:
         """Addresses where nobody is: the core's error number, and what must live as long as they are mapped."""
@@ -91,16 +104,18 @@ class PhysicalSpace:
             read = budget.on_mmio_read or read
         write = budget.on_mmio_write or write
         at = ctypes.addressof(device)
-        error = lib.uc_mmio_map(uc, low, high - low, read, at, write, at)
-        if rights == _STORES_ONLY:
-            error = error or lib.uc_mem_protect(uc, low, high - low, rights)
-        return error, (device, *twins)
+        return lib.uc_mmio_map(uc, low, high - low, read, at, write, at), (device, *twins)
 
     def claim(self, base: int, length: int) -> None:
         """Loads from these addresses leave before they happen (:mod:`aiovm.engine.unicorn.claims`)."""
-        engine = self._engine
-        engine.claims.add(base, length)
-        self._remap(engine.memory.map, engine.memory.map)
+        claims, map_ = self._engine.claims, self._engine.memory.map
+        before = list(claims.ranges)
+        claims.add(base, length)
+        try:
+            self._remap(map_, map_)
+        except ConfigError:
+            claims.ranges[:] = before
+            raise
 
     def _host_wrote(self, gpa: int, length: int) -> None:
         """The host stored into guest memory: what was translated from those pages is stale."""
@@ -158,7 +173,7 @@ def _layout(map_: MemoryMap, claims: Sequence[tuple[int, int]]) -> list[_Range]:
         rights = _ALL if slot.writable else _READ_EXEC
         ranges.append((slot.base, slot.end, slot.host_address, rights))
         at = slot.end
-    return ranges + _device(at, _PHYSICAL_END, claims)
+    return ranges + _device(at, PHYSICAL_END, claims)
 
 
 def _device(low: int, high: int, claims: Sequence[tuple[int, int]]) -> list[_Range]:
@@ -173,12 +188,12 @@ def _device(low: int, high: int, claims: Sequence[tuple[int, int]]) -> list[_Ran
 
 
 def _hole(low: int, high: int) -> list[_Range]:
-    """Nobody's addresses in pieces: the core takes a time for each page that it unmaps, so that a slot that comes or
-    goes should not unmap a terabyte. Every half GiB up to 4 GiB, then doubling."""
+    """Nobody's addresses in pieces: without pointers the core takes a time for each page that it unmaps, so that a slot
+    that comes or goes should not unmap a terabyte. Every half GiB up to 4 GiB, then doubling."""
     pieces: list[_Range] = []
     while low < high:
         end = (low >> 29) + 1 << 29 if low < _4G else 1 << low.bit_length()
         end = min(end, high)
-        pieces.append((low, end, 0, 0))
+        pieces.append((low, end, 0, _NONE))
         low = end
     return pieces

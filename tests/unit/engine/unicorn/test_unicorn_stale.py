@@ -12,7 +12,7 @@ from core_machine import (
 
 from aiovm.engine.unicorn import budget
 from aiovm.engine.unicorn import lib as unicorn_lib
-from aiovm.exits import Hlt
+from aiovm.exits import BUDGET, Hlt
 from aiovm.memory import GuestPtr
 
 
@@ -33,6 +33,16 @@ def test_code_that_the_host_changes_is_seen(make, how):
         m.state.rip = CODE
         assert m.run() == Hlt(False)
         assert m.gpr[0] == value
+
+
+def test_code_that_a_device_stores_in_mid_slice_is_seen_by_the_next_block(make):
+    # mov ebx, 0x30000; call rbx; out 0x10, al; call rbx; mov esi, eax; out 0x11, al; hlt
+    m = make("bb00000300 ffd3 e610 ffd3 89c6 e611 f4")
+    m.memory.write(DATA, code("b801000000 c3"))  # mov eax, 1; ret
+    m.port.then["out"] = lambda port, *_: m.memory.write(DATA + 1, b"\x02") if port == 0x10 else None
+    slices = [m.run(), m.run()]
+    assert slices == [BUDGET, Hlt(False)]  # nobody waits for the first one's end
+    assert m.gpr[6] == 2
 
 
 def test_the_second_page_of_a_block_is_watched_too(make):
