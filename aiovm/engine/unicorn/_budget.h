@@ -74,6 +74,7 @@ typedef struct {
     uint64_t tsc_ratio, tsc_offset; /* the running vCPU's: 48 fraction bits, then this added */
     int (*start)(void *, uint64_t, uint64_t, uint64_t, size_t);
     void *cpu;               /* the core's CPUState; null: its TLB is left alone */
+    uint64_t tlb_flushes[3]; /* of each of its tables */
     struct tlb_table *tlb;   /* the core's TLB, a table for each of its MMU modes */
     void (*flush_tlb)(void *);
     uint64_t *cr3;

@@ -24,12 +24,16 @@ void on_translate(void *uc, block *now, block *before, void *data)
 }
 
 /* The core fits its TLB's size to the last tenth of a second of the host's clock, and a guest that leaves stale entries
- * sees which ones were lost. A window that began in the far future never ends: the size follows the guest alone. */
-static void pin_sizes(budget *b)
+ * sees which ones were lost. Here the window in which it looks for the most entries is so many flushes: one that began in
+ * the far future does not end at the next flush, one that began in the far past does. The size follows the guest alone. */
+static void pin_sizes(budget *b, int mmu)
 {
-    enum { TABLES = 3, BEGIN = 0x820, STRIDE = 0x2b8 };
+    enum { TABLES = 3, BEGIN = 0x820, STRIDE = 0x2b8, USED = 2, WINDOW = 256 };
+    int64_t *begin = (int64_t *)((char *)b->tlb - BEGIN);
+    if (begin[mmu * (STRIDE / 8) + USED] == 1) /* the first since a flush */
+        b->tlb_flushes[mmu]++;
     for (int i = 0; i < TABLES; i++)
-        *(int64_t *)((char *)b->tlb - BEGIN + i * STRIDE) = INT64_MAX / 2;
+        begin[i * (STRIDE / 8)] = b->tlb_flushes[i] % WINDOW ? INT64_MAX / 2 : INT64_MIN / 2;
 }
 
 /* The core's page walk, and then: a page without code is not executable for data's sake. The first fetch from a page
@@ -45,7 +49,7 @@ bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool pr
         return false;
     if (!b || b->cpu != cpu)
         return true;
-    pin_sizes(b); /* here, as nothing runs after a flush without coming by */
+    pin_sizes(b, mmu); /* here, as nothing runs after a flush without coming by */
     table = &b->tlb[mmu];
     entry = (tlb_entry *)(table->entries + (address >> 6 & table->mask));
     page = entry->physical >> 12;
@@ -54,7 +58,10 @@ bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool pr
     if (access == FETCH && !b->code_pages[page]) {
         b->code_pages[page] = 1;
         b->flush_tlb(cpu);
-        return core_fill(cpu, address, size, access, mmu, probe, from);
+        if (!core_fill(cpu, address, size, access, mmu, probe, from))
+            return false;
+        pin_sizes(b, mmu);
+        return true;
     }
     if (access != FETCH && !b->code_pages[page])
         entry->code = NEVER;

@@ -153,6 +153,7 @@ class BudgetStruct(ctypes.Structure):
         ("tsc_offset", c_uint64),
         ("start", c_void_p),
         ("cpu", c_void_p),
+        ("tlb_flushes", c_uint64 * MMU_MODES),
         ("tlb", c_void_p),
         ("flush_tlb", c_void_p),
         ("cr3", c_void_p),

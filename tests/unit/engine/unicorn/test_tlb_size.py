@@ -20,11 +20,12 @@ class _Sleeper:
         time.sleep(self._seconds)
 
 
-def sizes_after(seconds):
-    """The tables' masks after a guest used 768 pages, waited so long on the host's clock, and flushed."""
+def sizes_after(seconds, flushes=3):
+    """The tables' masks after a guest used 768 pages, waited so long on the host's clock, and flushed so often."""
     # mov ecx, 768; mov esi, 0x100000; 1: mov al, [rsi]; add esi, 4096; loop 1b; mov rax, cr3; mov cr3, rax
     code = "b900030000be000010008a0681c600100000e2f60f20d80f22d8"
-    code += "e680" + "0f22d8" * 3 + "e6f4"  # out 0x80, al; mov cr3, rax; ...; out 0xf4, al
+    # out 0x80, al; mov ecx, flushes; 1: mov cr3, rax; loop 1b; out 0xf4, al
+    code += "e680" + "b9" + flushes.to_bytes(4, "little").hex() + "0f22d8" + "e2fb" + "e6f4"
 
     def look(vm):
         assert vm.engine.budget.struct.cpu
@@ -39,3 +40,10 @@ def test_the_hosts_clock_is_not_in_it():
     at_once = sizes_after(0)
     assert max(at_once) > 0x3FC0  # it has grown from 256 entries
     assert sizes_after(0.12) == at_once
+
+
+@pytest.mark.skipif(not NATIVE, reason="the C hook was not built")
+def test_a_table_that_has_become_too_large_shrinks_with_the_guests_flushes():
+    """Each flush writes the whole table; the core's own window is a tenth of a second, ours 256 flushes."""
+    assert max(sizes_after(0, flushes=200)) == max(sizes_after(0.12, flushes=200)) > 0x3FC0
+    assert max(sizes_after(0, flushes=600)) == max(sizes_after(0.12, flushes=600)) <= 0x3FC0
