@@ -29,6 +29,7 @@ from aiovm.sim.jobs import RunFailed
 
 __all__ = ["app", "main"]
 
+_STDERR: Final = 2
 #: What writing says when the disk is full or broken, at whichever moment the file is flushed.
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
@@ -71,7 +72,10 @@ def _options(
 
 
 def _streams() -> None:
-    """Who closed a standard stream wants to hear nothing."""
+    """Who closed a standard stream wants to hear nothing; and no file of ours may take a stream's number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for as long as the process lives)
@@ -95,6 +99,9 @@ def _run() -> int:
         return BAD_INPUT
     except typer.Abort:
         status = INTERRUPTED
+    except SystemExit:  # typer's answer when nobody reads what is written; 1 would be a guest's
+        _say(f"cannot write: {os.strerror(errno.EPIPE)}")
+        return BAD_INPUT
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             _say(f"cannot write: {error.strerror}")

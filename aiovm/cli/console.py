@@ -1,7 +1,8 @@
 """The terminal as a guest's serial console: where output goes, raw input, and the keys that are not the guest's.
 
 On a terminal, input is raw (each key goes to the guest, Ctrl-C too), and Ctrl-A begins a command, as in QEMU:
-Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A, Ctrl-A h lists these. Input from a pipe goes to the guest as it is.
+Ctrl-A x leaves, Ctrl-A Ctrl-A sends Ctrl-A, Ctrl-A h lists these. Who is stopped and goes on makes it raw again; who is
+terminated leaves it as it was. Input from a pipe or a file goes to the guest as it is.
 Only a guest on the wall clock has input: what arrives when would decide a virtual run.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import termios
 import tty
@@ -20,7 +22,7 @@ from aiovm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["HELP", "EscapeKeys", "keyboard", "open_output"]
+__all__ = ["HELP", "EscapeKeys", "keyboard", "open_output", "orderly_end"]
 
 _CTRL_A = 1
 HELP = b"\r\nCtrl-A x  leave\r\nCtrl-A Ctrl-A  send Ctrl-A\r\nCtrl-A h  this list\r\n"
@@ -105,15 +107,40 @@ def keyboard(feed: Callable[[bytes], object], leave: Callable[[], object], *, de
 
     try:
         loop.add_reader(descriptor, readable)
-    except OSError:  # a regular file, or closed: no input
+    except OSError:  # a file, which nobody needs to wait for
+        while data := os.read(descriptor, 1 << 20):
+            feed(data)
         yield
         return
     before = termios.tcgetattr(descriptor) if terminal else None
     try:
         if terminal:
             tty.setraw(descriptor)
+            loop.add_signal_handler(signal.SIGCONT, tty.setraw, descriptor)
         yield
     finally:
         loop.remove_reader(descriptor)
         if before is not None:
+            loop.remove_signal_handler(signal.SIGCONT)
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does; then the process ends by them, as its parent expects."""
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aiovm.cli.console import keyboard, open_output
+from aiovm.cli.console import keyboard, open_output, orderly_end
 from aiovm.cli.files import check_writable, write_file
 from aiovm.cli.options import ClockName, TraceFiles, check_seed
 from aiovm.cli.snapshots import given, host_like, open_snapshot, save_time, saving
@@ -176,11 +176,12 @@ def _run(
                 raise
             return outcome, _statistics(vm, host)
 
-    try:
-        outcome, statistics = run_wall(main()) if wall else run(main())
-    finally:
-        tracer.close()
-        close()
+    with orderly_end():
+        try:
+            outcome, statistics = run_wall(main()) if wall else run(main())
+        finally:
+            tracer.close()
+            close()
     if json is not None:
         report = {"reason": outcome.reason, "status": outcome.status, "now_ns": outcome.now, "clock": clock.value}
         report |= statistics
