@@ -71,8 +71,8 @@ _PLAIN_HEX = """
     0f35 480f35 0f01f8 0f01c1 0f01d9 0f01c8 0f01d0 f1 cc ce cd80 cd20 cd03 cdff 0f0b 0f77 dbe3 9b d9ff 0f2ec0
     0f58c1 f30f6f00 0fae00 0fae08 0fae10 0fae18 0fae38 f3a4 f3a5 f3aa f3ab f3a6 f2ae a4 ac 6c f36c 6e f36e f36d
     0fc708 f00fc708 480fc708 0fc7f0 660fc7f0 480fc7f0 0fc7f8 0f0100 0f0108 0f0110 0f0118 0f0120 0f0130 0f0138
-    0f01e0 0f01f0 0f00d8 0f00d0 0f00c8 0f00c0 0f00e0 0f00e8 8ed8 8ee0 8ec0 8ed0 1e 1f 07 17 0fa1 0fa9 c8040001
-    c9 c3 cb ca0400 c20400 ff18 ff28 ff10 ff20 f7f1 f7f9 d50a d400 6200 f0ff00 f00fb10f f00fc101 0f18e0 0fc300
+    0f01e0 0f01ee 0f01ef 0f01f0 0f00d8 0f00d0 0f00c8 0f00c0 0f00e0 0f00e8 8ed8 8ee0 8ec0 8ed0 1e 1f 07 17 0fa1 0fa9
+    c8040001 c9 c3 cb ca0400 c20400 ff18 ff28 ff10 ff20 f7f1 f7f9 d50a d400 6200 f0ff00 f00fb10f f00fc101 0f18e0 0fc300
     0f38f000 f30fb8c0 f30fbdc0 eb00 e2fe 67e2fe 0f20c0 0f22d8 0f20d8 0f20e0 0f22e0 0f22c0 440f20c0 440f22c0
     0f21f0 0f23f8 0f23c0 0f23f0 f30fc7f8 f3480faec8 f30faed8 0f01ca 0f01d8 0f01da 0f01db 0f01df 0f1a00 f30f1efa
     660f3880c8 0f0d00 26a1 6663c0 8b00 8900 668b00 488b00 488900 66a5 fd fc f5 9e 9f d7 98 99
@@ -271,6 +271,9 @@ def _prepare(vm, vcpu, rng):
         state.cpl = 3
     if rng.random() < 0.3:
         state.cr0 |= rng.choice((8, 4, 2, 0x20, 0x1_0000, 0x4_0000))
+    if rng.random() < 0.3:
+        state.cr4 |= rng.choice((1 << 18, 1 << 22, 5 << 20))  # OSXSAVE; PKE; SMEP and PKE
+        state.pkru = rng.getrandbits(32) & rng.choice((~3, ~0))
     if rng.random() < 0.5:
         for _ in range(rng.randint(1, 6)):
             place = at + rng.choice((_GDT, _IDT, _TSS, _TABLES, _TABLES + 0x1000, _TABLES + 0x2000))
