@@ -499,8 +499,12 @@ class Vcpu(VcpuHalt, VcpuRequests, VcpuIoctls):
                 else:
                     if eoi.enabled:
                         self._arm_eoi()
+                    asked = clock.now()
                     exit_ = await vm.run_slice(context, vm.wall_slice_ns)
                     self.mode = VcpuMode.OUTSIDE
+                    if vm.slice_began > asked:
+                        thread.run_delay += vm.slice_began - asked
+                        self.make_request(Request.STEAL_UPDATE)
                     if eoi.pending:
                         self.harvest_eoi()
                     leaving = self._handle_exit(exit_)

@@ -187,6 +187,35 @@ def test_answers_do_not_make_a_slice_long(run, code, monkeypatch):
     assert max(spent) < 50_000_000
 
 
+@pytest.mark.parametrize("vcpus", [1, 4])
+def test_waiting_for_a_siblings_slice_is_steal_time(run, vcpus):
+    """One core executes a machine, so at any time all of its vCPUs wait but one; the guest's record says so."""
+    record = 0x2000
+
+    async def main():
+        async with Vm(Host(vcpus), vcpus=vcpus, memory=1 << 20) as vm, asyncio.timeout(60):
+            image = vm.load(NEVER_END)
+            for vcpu in vm.vcpus:
+                vcpu.set_msrs({0x4B564D03: record + 0x40 * vcpu.index | 1})
+                apply(image.entry, vcpu.context.state)
+                vcpu.set_mp_state(MpState.RUNNABLE)
+            begin = vm.clock.now()
+            vm.start()
+            await asyncio.sleep(0.2)
+            vm.stop()
+            await vm.finished()
+            elapsed = vm.clock.now() - begin
+            told = [vm.memory.read_u(record + 0x40 * n, 8) for n in range(vcpus)]
+            return [steal / elapsed for steal in told]
+
+    steal = run(main())
+    if vcpus == 1:
+        assert steal == [0]
+    else:
+        assert all(0.5 < share < 1 for share in steal)
+        assert 2 < sum(steal) <= 3.1
+
+
 @pytest.mark.parametrize("code", [NEVER_END, HALT_FOR_EVER], ids=["running", "halted"])
 @pytest.mark.parametrize("vcpus", [1, 3])
 def test_cancellation_leaves_nothing_behind(run, code, vcpus):
