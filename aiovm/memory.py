@@ -7,13 +7,14 @@ Rules, from ``virt/kvm/kvm_main.c`` of Linux 6.16:
 * The map is a value: :class:`MemoryMap` is immutable, readers take the reference once, and an update publishes a
   new one with a higher generation. While an update is under way the generation is odd, and caches do not store.
 * :class:`GuestPtr` (``gfn_to_hva_cache``) remembers where an address leads and asks again when the generation moved.
-* The dirty log has every page that the host wrote through here, and every page whose bytes the guest has changed: its
-  stores run at full speed, and a slot that logs keeps a copy to compare with when somebody asks.
+* The dirty log has every page that the host wrote through here and every page to which the guest stored, be it what was
+  there already: an engine that can tell notes the first store to each page after the log was taken, as KVM's write
+  protection does. With others a slot that logs keeps a copy to compare with when somebody asks, and a store of what was
+  there is missed. Taking loses no store: what comes behind it is in the next log.
 * Reading where no slot is gives ``None`` or raises :class:`NoMemory`; a write to a read-only slot is refused the same
   way: that is MMIO, not an error.
 
-Modelled: address spaces 0 (normal) and 1 (SMM). Not modelled: huge pages, the MMIO generation in page tables, the
-dirty bit of a page to which the guest stored what was there already.
+Modelled: address spaces 0 (normal) and 1 (SMM). Not modelled: huge pages, the MMIO generation in page tables.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from aiovm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["PAGE", "GuestMemory", "GuestPtr", "MemoryMap", "Memslot", "NoMemory", "SlotFlags", "fold_dirty"]
+__all__ = ["PAGE", "GuestMemory", "GuestPtr", "MemoryMap", "Memslot", "NoMemory", "SlotFlags"]
 
 PAGE = 4096
 _PAGE_MASK = PAGE - 1
@@ -58,7 +59,7 @@ class SlotFlags(enum.IntFlag):
 @dataclass(frozen=True, slots=True)
 class Memslot:
     """One slot. ``bytes_`` and ``words`` are views of the same host memory (8-bit and 64-bit). With LOG_DIRTY,
-    ``dirty`` has a bit a page, and ``seen`` the bytes that the log knows."""
+    ``dirty`` has a bit a page; ``stored`` too, of what the engine noted, or ``seen`` the bytes that the log knows."""
 
     slot_id: int
     base: int
@@ -70,6 +71,7 @@ class Memslot:
     #: The host may store here as the guest does: the slot is not READONLY.
     writable: bool
     dirty: bytearray | None = None
+    stored: bytearray | None = None
     seen: bytearray | None = None
     #: The host memory was made for this slot, not given by the program.
     own: bool = True
@@ -109,6 +111,9 @@ class GuestMemory:
         self.map = MemoryMap()
         self._listeners: list[Callable[[MemoryMap, MemoryMap], None]] = []
         self._written: list[Callable[[int, int], None]] = []
+        self._asked: list[Callable[[], None]] = []
+        #: The engine notes the guest's stores in the slots' ``stored``.
+        self.notes_stores = False
 
     # ---- the map -------------------------------------------------------------------------------------------
 
@@ -147,8 +152,8 @@ class GuestMemory:
                 raise ConfigError(f"memslot {slot_id}: size, backing and READONLY cannot change (EINVAL)")
             if base == old.base and flags == old.flags:
                 return old
-            dirty, seen = _log(old.bytes_, flags, old)
-            new = replace(old, base=base, flags=flags, dirty=dirty, seen=seen)
+            dirty, stored, seen = self._log(old.bytes_, flags, old)
+            new = replace(old, base=base, flags=flags, dirty=dirty, stored=stored, seen=seen)
         else:
             host = _zeroed(slot_id, size) if backing is None else backing
             view = memoryview(host).cast("B")
@@ -157,7 +162,7 @@ class GuestMemory:
             view = view[:size]
             address = ctypes.addressof(ctypes.c_char.from_buffer(view))
             writable = not flags & SlotFlags.READONLY
-            log = _log(view, flags, None)
+            log = self._log(view, flags, None)
             new = Memslot(slot_id, base, size, flags, view, view.cast("Q"), address, writable, *log, backing is None)
         self._publish((*others, new))
         return new
@@ -177,6 +182,11 @@ class GuestMemory:
     def on_write(self, listener: Callable[[int, int], None]) -> None:
         """Call ``listener(gpa, length)`` after each host-side write (the engine drops stale translations)."""
         self._written.append(listener)
+
+    def on_log(self, listener: Callable[[], None]) -> None:
+        """Call ``listener()`` before a log is brought up to date (the engine will note each page's next store again);
+        who may not be asked now raises."""
+        self._asked.append(listener)
 
     def _publish(self, slots: tuple[Memslot, ...]) -> None:
         before = self.map
@@ -268,6 +278,8 @@ class GuestMemory:
                 raise ConfigError(f"{len(data):#x} bytes at {gpa:#x} do not fit memory: nothing at {at:#x}")
             n = min(len(data) - done, slot.end - at)
             slot.bytes_[at - slot.base : at - slot.base + n] = data[done : done + n]
+            if slot.dirty is not None:
+                _mark(slot.dirty, at - slot.base, n)
             at += n
             done += n
         self.wrote(gpa, len(data))
@@ -283,10 +295,37 @@ class GuestMemory:
         slot = next((s for s in self.map.slots if s.slot_id == slot_id), None)
         if slot is None or slot.dirty is None:
             raise ConfigError(f"memslot {slot_id} does not log dirty pages (ENOENT)")
-        fold_dirty(slot)
-        taken = bytes(slot.dirty)
-        slot.dirty[:] = bytes(len(slot.dirty))
+        dirty = self.gather_log(slot)
+        taken = bytes(dirty)
+        dirty[:] = bytes(len(dirty))
         return taken
+
+    def gather_log(self, slot: Memslot) -> bytearray:
+        """The log itself, brought up to date with what the guest has stored; the slot logs."""
+        assert slot.dirty is not None
+        for listener in self._asked:
+            listener()
+        if slot.stored is not None:
+            size = len(slot.dirty)
+            both = int.from_bytes(slot.dirty, "little") | int.from_bytes(slot.stored, "little")
+            slot.dirty[:] = both.to_bytes(size, "little")
+            slot.stored[:] = bytes(size)
+        if slot.seen is not None:
+            _compare(slot.bytes_, slot.seen, slot.dirty)
+        return slot.dirty
+
+    def _log(
+        self, view: memoryview, flags: SlotFlags, old: Memslot | None
+    ) -> tuple[bytearray | None, bytearray | None, bytearray | None]:
+        """The log of a slot that begins, goes on or ends logging: what the slot has as dirty, stored and seen."""
+        if not flags & SlotFlags.LOG_DIRTY:
+            return None, None, None
+        if old is not None and old.dirty is not None:
+            return old.dirty, old.stored, old.seen
+        size = (len(view) // PAGE + 63) // 64 * 8
+        if self.notes_stores:
+            return bytearray(size), bytearray(size), None
+        return bytearray(size), None, bytearray(view)
 
     def mark_dirty(self, gpa: int, length: int = 1) -> None:
         """Note that the guest (or whoever has a raw view) wrote ``[gpa, gpa + length)``."""
@@ -302,27 +341,16 @@ def _zeroed(slot_id: int, size: int) -> mmap.mmap:
         raise ConfigError(f"memslot {slot_id}: the host has no {size:#x} bytes to give (ENOMEM)") from error
 
 
-def fold_dirty(slot: Memslot) -> None:
-    """Bring the log up to date with what the guest has stored; between slices."""
-    if slot.dirty is None or slot.seen is None:
-        return
-    for start in range(0, slot.size, _COMPARED):
-        now = bytes(slot.bytes_[start : start + _COMPARED])
-        if now == slot.seen[start : start + _COMPARED]:
+def _compare(view: memoryview, seen: bytearray, dirty: bytearray) -> None:
+    """Mark the pages whose bytes are no longer what was seen, and have seen them."""
+    for start in range(0, len(view), _COMPARED):
+        now = bytes(view[start : start + _COMPARED])
+        if now == seen[start : start + _COMPARED]:
             continue
         for at in range(0, len(now), PAGE):
-            if now[at : at + PAGE] != slot.seen[start + at : start + at + PAGE]:
-                _mark(slot.dirty, start + at, 1)
-        slot.seen[start : start + _COMPARED] = now
-
-
-def _log(view: memoryview, flags: SlotFlags, old: Memslot | None) -> tuple[bytearray | None, bytearray | None]:
-    """The log of a slot that begins, goes on or ends logging."""
-    if not flags & SlotFlags.LOG_DIRTY:
-        return None, None
-    if old is not None and old.dirty is not None:
-        return old.dirty, old.seen
-    return bytearray((len(view) // PAGE + 63) // 64 * 8), bytearray(view)
+            if now[at : at + PAGE] != seen[start + at : start + at + PAGE]:
+                _mark(dirty, start + at, 1)
+        seen[start : start + _COMPARED] = now
 
 
 def _mark(dirty: bytearray, offset: int, length: int) -> None:

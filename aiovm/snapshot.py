@@ -36,7 +36,7 @@ from aiovm.costs import Costs
 from aiovm.errors import ConfigError, StateError
 from aiovm.kvmclock import KvmClockState
 from aiovm.loop import HostState
-from aiovm.memory import SlotFlags, fold_dirty
+from aiovm.memory import SlotFlags
 from aiovm.panic import PanicState
 from aiovm.pc import PcState
 from aiovm.spin import SpinOptions
@@ -141,7 +141,7 @@ def take(vm: Vm) -> Snapshot:
         virtio=tuple(_saved_backend(backend) for backend in vm.backends),
         memory=tuple(
             SlotImage(
-                slot.slot_id, slot.base, slot.size, int(slot.flags), _dirty(slot),
+                slot.slot_id, slot.base, slot.size, int(slot.flags), _dirty(vm, slot),
                 tuple(_chunks(slot.bytes_)),
             )
             for slot in vm.memory.map.slots
@@ -197,9 +197,8 @@ def put(vm: Vm, snapshot: Snapshot) -> None:
     vm.apic_map_changed()
 
 
-def _dirty(slot: Memslot) -> bytes | None:
-    fold_dirty(slot)
-    return None if slot.dirty is None else bytes(slot.dirty)
+def _dirty(vm: Vm, slot: Memslot) -> bytes | None:
+    return None if slot.dirty is None else bytes(vm.memory.gather_log(slot))
 
 
 def _put_memory(vm: Vm, images: tuple[SlotImage, ...]) -> None:
@@ -214,6 +213,5 @@ def _put_memory(vm: Vm, images: tuple[SlotImage, ...]) -> None:
         for at, data in image.chunks:
             new.bytes_[at : at + len(data)] = data
         if new.dirty is not None and image.dirty is not None:
-            fold_dirty(new)
-            new.dirty[:] = image.dirty
+            memory.gather_log(new)[:] = image.dirty
         memory.wrote(image.base, image.size)

@@ -172,6 +172,7 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
         self._init_slices()
         self._init_rest()
         self.memory.on_change(self._may_change_memory)
+        self.memory.on_log(self._may_change_memory)
         self.engine = UnicornEngine(
             self.memory,
             self.cells,

@@ -72,7 +72,7 @@ class VmSlices:
     def _may_change_memory(self, *_maps: MemoryMap) -> None:
         """What a slice reads in another thread stays; a device that the guest asked, in the slice itself, may."""
         if self._slicing is not None and threading.get_ident() == self._loop_thread:
-            raise StateError("a slice reads the memory map: await vm.between_slices() before it is changed")
+            raise StateError("a slice uses the memory map and its logs: await vm.between_slices() first")
 
     @property
     def slice_runs(self) -> bool:

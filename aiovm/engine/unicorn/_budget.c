@@ -90,19 +90,20 @@ static int enter(budget *b, void *uc, uint64_t rip, size_t count)
 
 static PyObject *addresses(PyObject *self, PyObject *arguments)
 {
-    unsigned long long fill, tlb, leave, call, inline_hook;
+    unsigned long long fill, tlb, leave, call, inline_hook, walk_store;
     (void)self;
-    if (!PyArg_ParseTuple(arguments, "KKKKK", &fill, &tlb, &leave, &call, &inline_hook))
+    if (!PyArg_ParseTuple(arguments, "KKKKKK", &fill, &tlb, &leave, &call, &inline_hook, &walk_store))
         return NULL;
     core_fill = (tlb_filler *)(uintptr_t)fill;
     tlb_offset = tlb;
     core_leave = (int (*)(void *, uint32_t))(uintptr_t)leave;
     core_call = (void (*)(void *, void *, void *, int, void **))(uintptr_t)call;
     core_inline_hook = (void (*)(void *, char *, void **, int))(uintptr_t)inline_hook;
-    return Py_BuildValue("(KKKKKKKKKKKKKn)", ADDRESS(on_block), ADDRESS(on_block_public), ADDRESS(on_interrupt),
+    core_walk_store = (void (*)(void *, uint64_t, uint32_t))(uintptr_t)walk_store;
+    return Py_BuildValue("(KKKKKKKKKKKKKKn)", ADDRESS(on_block), ADDRESS(on_block_public), ADDRESS(on_interrupt),
                          ADDRESS(on_translate), ADDRESS(on_fill), ADDRESS(on_new_code), ADDRESS(on_call),
                          ADDRESS(on_inline_hook), ADDRESS(enter), ADDRESS(on_in), ADDRESS(on_out), ADDRESS(on_mmio_read),
-                         ADDRESS(on_mmio_write), (Py_ssize_t)sizeof(budget));
+                         ADDRESS(on_mmio_write), ADDRESS(on_walk_store), (Py_ssize_t)sizeof(budget));
 }
 
 /* deliver(address of the budget, vector, kind, error code or -1, the RIP that is pushed, or None for the guest's) */
@@ -125,10 +126,11 @@ static PyMethodDef methods[] = {
      "With a budget's address, an event's vector, kind and error code (-1: none), and the RIP that is pushed (None: the "
      "guest's): whether it was delivered. If not, nothing has changed."},
     {"addresses", addresses, METH_VARARGS,
-     "With the addresses of the core's page walk, of where its CPUState has the TLB, of its look whether to leave and of what "
-     "puts calls of functions and of hooks into blocks: the addresses of the hooks (block, and on the public path, interrupt, "
+     "With the addresses of the core's page walk, of where its CPUState has the TLB, of its look whether to leave, of what puts "
+     "calls of functions and of hooks into blocks, and of the page walk's stores: the addresses of the hooks (block, and on the public path, interrupt, "
      "translation), of what stands before the page walk, the search for new code's entry and those calls, of the slice's "
-     "entry, of the hooks of IN and OUT and of loads and stores where no memory is, and the size of the structure they share."},
+     "entry, of the hooks of IN and OUT and of loads and stores where no memory is, of what stands before those stores, and "
+     "the size of the structure they share."},
     {NULL, NULL, 0, NULL},
 };
 

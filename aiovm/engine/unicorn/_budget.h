@@ -23,7 +23,8 @@ typedef struct {
 typedef struct {
     uint64_t base, end;      /* guest physical */
     char *host;
-    uint64_t is_plain;       /* a store there is a store and no more: nobody logs it, nobody refuses it */
+    uint64_t is_writable;
+    uint8_t *log;            /* one bit a page to which was stored; null: nobody wants to know */
 } memory_range;
 
 /* A segment register, or a descriptor table's. */
@@ -61,6 +62,7 @@ typedef struct {
     uint8_t *code_pages;     /* one byte a guest page: code was translated from it */
     uint64_t code_page_count;
     const memory_range *ram; /* where memory is; the last one's end is 0 */
+    int64_t logs;            /* how many of them are logged */
     uint64_t *regs;          /* RAX, RCX, RDX; null: RDTSC goes to Python */
     uint64_t *eflags;
     uint64_t *cc_source;     /* the arithmetic flags, while cc_operation says so */
@@ -119,6 +121,32 @@ enum { FAULT_KIND = 3, SOFTWARE = 4 };
 static inline bool over(const budget *b)
 {
     return b->cells[0] >= b->cells[1];
+}
+
+/* Where memory has a guest physical address; null: nowhere. */
+static inline const memory_range *range_of(const budget *b, uint64_t physical)
+{
+    for (const memory_range *range = b->ram; range->end; range++)
+        if (range->base <= physical && physical < range->end)
+            return range;
+    return NULL;
+}
+
+/* The byte of a range's log that has a page's bit, and the bit. */
+static inline uint8_t *log_of(const memory_range *range, uint64_t physical, uint8_t *bit)
+{
+    uint64_t page = (physical - range->base) >> 12;
+    *bit = (uint8_t)(1 << (page & 7));
+    return range->log + (page >> 3);
+}
+
+static inline void note_store(const memory_range *range, uint64_t physical)
+{
+    uint8_t bit, *byte;
+    if (range && range->log) {
+        byte = log_of(range, physical, &bit);
+        *byte |= bit;
+    }
 }
 
 /* ---- _exits.c: what the core reports ---- */
@@ -183,10 +211,12 @@ typedef struct {
 /* The budget of the slice that this thread runs: the core's page walk has no other way to it. */
 extern _Thread_local budget *running;
 extern tlb_filler *core_fill;
+extern void (*core_walk_store)(void *, uint64_t, uint32_t);
 extern uintptr_t tlb_offset; /* of the TLB in the core's CPUState */
 
 void on_translate(void *uc, block *now, block *before, void *data);
 bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from);
 void on_new_code(void *cpu, uint64_t start, uint64_t length);
+void on_walk_store(void *cpu, uint64_t physical, uint32_t value);
 
 #endif

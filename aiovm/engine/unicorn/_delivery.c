@@ -20,14 +20,16 @@ static bool is_canonical(uint64_t linear)
     return (uint64_t)((int64_t)(linear << 16) >> 16) == linear;
 }
 
-/* Where the host has a guest physical address; null: nowhere, or a store would be more than a store. */
+/* Where the host has a guest physical address; null: nowhere, or a store would be more than a store. Who asks for a store
+ * makes it. */
 static char *memory_at(const budget *b, uint64_t physical, bool store)
 {
-    for (const memory_range *range = b->ram; range->end; range++)
-        if (range->base <= physical && physical < range->end)
-            return store && (!range->is_plain || b->code_pages[physical >> 12]) ? NULL
-                                                                               : range->host + (physical - range->base);
-    return NULL;
+    const memory_range *range = range_of(b, physical);
+    if (!range || (store && (!range->is_writable || b->code_pages[physical >> 12])))
+        return NULL;
+    if (store)
+        note_store(range, physical);
+    return range->host + (physical - range->base);
 }
 
 /* Bytes in one page that a supervisor may reach and of which nothing is left to judge or to set, as kernel_page of

@@ -1,11 +1,34 @@
-/* Data accesses fill the TLB without the right to execute where a page holds no code, as the core sends every store to a
+/* The first store to a page of a slot whose log was taken is noted, as nothing may be stored through the TLB before. And data
+ * accesses fill the TLB without the right to execute where a page holds no code, as the core sends every store to a
  * page that may be executed through its slow path; its size follows the guest alone; and new code's entry is looked for
- * where it can be. No guest can see any of this, so there is no twin. */
+ * where it can be. No guest can see any of this, so there is no twin (but of the log, which compares bytes). */
 #include "_budget.h"
 
 _Thread_local budget *running;
 tlb_filler *core_fill;
 uintptr_t tlb_offset;
+void (*core_walk_store)(void *, uint64_t, uint32_t);
+
+enum { STORE = 1, FETCH, NEVER = -1 };
+
+/* An entry of the TLB was filled for such an access: note a store, and let none pass that was not noted. */
+static void log_access(const budget *b, tlb_entry *entry, int access)
+{
+    const memory_range *range = range_of(b, entry->physical);
+    uint8_t bit;
+    if (access == STORE)
+        note_store(range, entry->physical);
+    else if (range && range->log && !(*log_of(range, entry->physical, &bit) & bit))
+        entry->write = (uint64_t)NEVER;
+}
+
+/* The core's x86_stl_phys_notdirty, by which its page walk sets Accessed and Dirty bits: no TLB is asked. */
+void on_walk_store(void *cpu, uint64_t physical, uint32_t value)
+{
+    if (running && running->cpu == cpu && running->logs)
+        note_store(range_of(running, physical), physical);
+    core_walk_store(cpu, physical, value);
+}
 
 static void mark(budget *b, void *uc, uint64_t linear)
 {
@@ -36,22 +59,28 @@ static void pin_sizes(budget *b, int mmu)
         begin[i * (STRIDE / 8)] = b->tlb_flushes[i] % WINDOW ? INT64_MAX / 2 : INT64_MIN / 2;
 }
 
+static tlb_entry *entry_of(void *cpu, int mmu, uint64_t address)
+{
+    struct tlb_table *table = (struct tlb_table *)((char *)cpu + tlb_offset) + mmu;
+    return (tlb_entry *)(table->entries + (address >> 6 & table->mask));
+}
+
 /* The core's page walk, and then: a page without code is not executable for data's sake. The first fetch from a page
  * makes it one with code, and whatever is known of it under other addresses is forgotten. */
 bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool probe, uintptr_t from)
 {
-    enum { FETCH = 2, NEVER = -1 };
     budget *b = running;
-    struct tlb_table *table;
     tlb_entry *entry;
     uint64_t page;
     if (!core_fill(cpu, address, size, access, mmu, probe, from))
         return false;
-    if (!b || b->cpu != cpu)
+    entry = entry_of(cpu, mmu, address);
+    if (!b || b->cpu != cpu) { /* no slice: the next one's stores are to come by */
+        if (access != STORE)
+            entry->write = (uint64_t)NEVER;
         return true;
+    }
     pin_sizes(b, mmu); /* here, as nothing runs after a flush without coming by */
-    table = &b->tlb[mmu];
-    entry = (tlb_entry *)(table->entries + (address >> 6 & table->mask));
     page = entry->physical >> 12;
     if (page >= b->code_page_count)
         return true;
@@ -61,10 +90,12 @@ bool on_fill(void *cpu, uint64_t address, int size, int access, int mmu, bool pr
         if (!core_fill(cpu, address, size, access, mmu, probe, from))
             return false;
         pin_sizes(b, mmu);
-        return true;
+        entry = entry_of(cpu, mmu, address);
     }
     if (access != FETCH && !b->code_pages[page])
-        entry->code = NEVER;
+        entry->code = (uint64_t)NEVER;
+    if (__builtin_expect(b->logs != 0, 0))
+        log_access(b, entry, access);
     return true;
 }
 

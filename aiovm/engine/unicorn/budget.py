@@ -31,6 +31,9 @@ Rules (both hooks follow them; tests compare them):
   does so by standing before the core's page walk (:meth:`Budget.spare_stores`); guests cannot see it, so there is no
   twin. From there it also keeps the host's clock out of the TLB's size. And at each new translation it looks for the
   page's TLB entry where that can be, not in the whole TLB (:mod:`~aiovm.engine.unicorn.calls`).
+* A page of a slot whose dirty log was taken is filled without the right to be stored to until a store is what it is
+  wanted for, and that is noted; so are the Accessed and Dirty bits that the core's page walk sets. Who takes the log
+  flushes the TLB. Without the C hook the log compares bytes (:mod:`aiovm.memory`).
 * A translated block begins with the block hook and with the core's look whether to leave. The C hook looks too, and
   leaves by the core's function; so blocks are translated without the second call.
 
@@ -96,6 +99,7 @@ _NEW_CODE: Final = "tlb_reset_dirty_by_vaddr_x86_64"
 _LEAVE: Final = "helper_check_exit_request_x86_64"
 _CALL: Final = "tcg_gen_callN_x86_64"
 _INLINE_HOOK: Final = "uc_add_inline_hook_x86_64"
+_WALK_STORE: Final = "x86_stl_phys_notdirty_x86_64"
 #: How much of ``uc_struct`` is searched for its pointer to the last one, in words.
 _UC_WORDS: Final = 0x100
 #: The core's interrupt numbers are below; 0, which it does not use, is a fault that a carried instruction has raised.
@@ -139,6 +143,7 @@ class BudgetStruct(ctypes.Structure):
         ("code_pages", c_void_p),
         ("code_page_count", c_uint64),
         ("ram", c_void_p),
+        ("logs", c_int64),
         ("regs", c_void_p),
         ("eflags", c_void_p),
         ("cc_source", c_void_p),
@@ -197,6 +202,7 @@ class BudgetStruct(ctypes.Structure):
         exit_cost: int
         port: GuestPort
         uc: int | None
+        logs: int
         fault_address: int
         inject_cost: int
         unheard: int
@@ -207,7 +213,7 @@ class BudgetStruct(ctypes.Structure):
 class _MemoryRange(ctypes.Structure):
     """``memory_range``."""
 
-    _fields_ = (("base", c_uint64), ("end", c_uint64), ("host", c_uint64), ("is_plain", c_uint64))
+    _fields_ = (("base", c_uint64), ("end", c_uint64), ("host", c_uint64), ("is_writable", c_uint64), ("log", c_uint64))
 
 
 class _TlbTable(ctypes.Structure):
@@ -301,6 +307,8 @@ class Budget:
         self.code_pages.madvise(mmap.MADV_NOHUGEPAGE)
         s.code_pages = ctypes.addressof(ctypes.c_char.from_buffer(self.code_pages))
         s.code_page_count = len(self.code_pages)
+        #: The guest's first store to a page since a log was taken is noted in that log (the C hook alone).
+        self.notes_stores = False
         self.cover(())
         s.translate = lib.address_of(lib.uc_vmem_translate)
         s.fetch = lib.address_of(lib.uc_vmem_read)
@@ -320,7 +328,7 @@ class Budget:
                     "the native block hook is not built: install with a C compiler, or use the Python twin"
                 )
             s.start = lib.address_of(lib.uc_emu_start)
-            core = [lib.internal(name) for name in (_TLB_FILL, _LEAVE, _CALL, _INLINE_HOOK)]
+            core = [lib.internal(name) for name in (_TLB_FILL, _LEAVE, _CALL, _INLINE_HOOK, _WALK_STORE)]
             *hooks, size = _budget.addresses(core[0], CPU_TLB, *core[1:])
             assert size == ctypes.sizeof(BudgetStruct)
             self.on_block = hooks[0 if env else 1]
@@ -330,7 +338,7 @@ class Budget:
             self._on_call, self._on_inline_hook, self._enter = hooks[6:9]
             if env:
                 self.on_in, self.on_out = hooks[9:11]
-            self.on_mmio_read, self.on_mmio_write = hooks[11:]
+            self.on_mmio_read, self.on_mmio_write, self._on_walk_store = hooks[11:]
         else:
             self._pending = ctypes.c_uint16.from_address(s.exit_pending)
             self._eip = ctypes.c_uint64.from_address(env + Env.EIP) if env else None
@@ -393,11 +401,12 @@ class Budget:
         if self.struct.cpu:
             self.struct.cr3_width = width
 
-    def cover(self, ram: Sequence[tuple[int, int, int, bool]]) -> None:
-        """Memory is at these ranges: first address, the one behind the last, the host's; whether a store is a store and
-        no more, as nobody logs or refuses it."""
+    def cover(self, ram: Sequence[tuple[int, int, int, bool, int]]) -> None:
+        """Memory is at these ranges: first address, the one behind the last, the host's; whether it may be stored to;
+        and the host's of the log of stores, or 0. The caller flushes the TLB."""
         self._ram = (_MemoryRange * (len(ram) + 1))(*(_MemoryRange(*one) for one in ram))
         self.struct.ram = ctypes.addressof(self._ram)
+        self.struct.logs = sum(log != 0 for *_, log in ram)
 
     def spare_stores(self, cpu: int, seen: int) -> None:
         """Let data accesses fill the TLB of the core at ``cpu`` without the right to execute (the C hook alone).
@@ -417,6 +426,9 @@ class Budget:
             fills[0] = self._on_fill
             if new_code := calls.slot(_NEW_CODE):
                 ctypes.c_uint64.from_address(new_code).value = self._on_new_code
+            if walk_store := calls.slot(_WALK_STORE):
+                ctypes.c_uint64.from_address(walk_store).value = self._on_walk_store
+                self.notes_stores = True
             self._shorten_blocks()
 
     def _shorten_blocks(self) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from aiovm.engine.unicorn.engine import UnicornEngine
+    from aiovm.memory import Memslot
 
 __all__ = ["PhysicalSpace"]
 
@@ -44,6 +45,9 @@ class PhysicalSpace:
         memory = engine.memory
         memory.on_change(self._remap)
         memory.on_write(self._host_wrote)
+        if engine.budget.notes_stores:
+            memory.on_log(self._forget_noted)
+            memory.notes_stores = True
         self._remap(MemoryMap(), memory.map)
 
     def _remap(self, _old: MemoryMap, new: MemoryMap) -> None:
@@ -65,8 +69,9 @@ class PhysicalSpace:
             self._bring(before)
             raise ConfigError("the core cannot map these memslots (ENOMEM); the old ones stay") from error
         engine.budget.cover(
-            [(slot.base, slot.end, slot.host_address, slot.writable and slot.dirty is None) for slot in new.slots]
+            [(slot.base, slot.end, slot.host_address, slot.writable, _log_address(slot)) for slot in new.slots]
         )
+        engine.core.flush_tlb()
         if engine.current is not None:
             engine.current.state.paging_changed = True
 
@@ -117,6 +122,11 @@ class PhysicalSpace:
             claims.ranges[:] = before
             raise
 
+    def _forget_noted(self) -> None:
+        """A log is taken: the next store to each of its pages is noted again."""
+        if not self._engine.closed:
+            self._engine.core.flush_tlb()
+
     def _host_wrote(self, gpa: int, length: int) -> None:
         """The host stored into guest memory: what was translated from those pages is stale."""
         pages = self._engine.budget.code_pages
@@ -162,6 +172,13 @@ class PhysicalSpace:
         if not gpa & size - 1:
             self._store(gpa, size, value)
         return True
+
+
+def _log_address(slot: Memslot) -> int:
+    """Where the core's stores are noted; 0: nowhere."""
+    if slot.stored is None or not slot.writable:
+        return 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(slot.stored))
 
 
 def _layout(map_: MemoryMap, claims: Sequence[tuple[int, int]]) -> list[_Range]:
