@@ -6,7 +6,7 @@ empty or its enable bit rises, and goes when IIR shows it to the guest or a byte
 
 Host side: a byte goes to ``sink(byte)``; False means "not now", the byte stays in the transmit FIFO, and
 :meth:`Uart16550.drain` tries again. :meth:`Uart16550.feed` takes as many bytes as the receiver has room for and says
-how many; ``on_room`` is called whenever the guest has made room.
+how many; ``on_room`` is called whenever the guest has made room, loopback's end included.
 
 Modelled: divisor latch, FIFO mode with its trigger levels and timeout, break, loopback, modem lines and their
 changes. Not modelled: the line's speed (a byte is sent in no time), parity and framing errors, DMA pins, OUT2 as the
@@ -191,8 +191,11 @@ class Uart16550:
                 s.lcr = value
             case 4:
                 before = self._modem_lines()
+                reconnected = s.mcr & ~value & Mcr.LOOP
                 s.mcr = value & 0x1F
                 self._note_modem(before)
+                if reconnected and self._on_room is not None:
+                    self._on_room()
             case 7:
                 s.scratch = value
         self._sync_irq()
@@ -220,6 +223,11 @@ class Uart16550:
         if s.mcr & Mcr.LOOP:
             return 0
         return max(self._capacity() - len(s.received), 0)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the guest has read all."""
+        return not self._s.received
 
     def feed(self, data: bytes, now: int) -> int:
         """Receive bytes from the line; how many of them were taken."""

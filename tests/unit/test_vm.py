@@ -29,6 +29,10 @@ APIC_TICKING = (
     )
     + END
 )
+#: With the FIFO on, waits for bytes on the serial port, reads until there is no more, sends back how many there were.
+COUNT_BURSTS = bytes.fromhex(
+    "bafa03 b001 ee 31c9 bafd03 ec a801 74fb baf803 ec 41 bafd03 ec a801 75f3 baf803 88c8 ee ebe1"
+)
 
 
 def test_every_state_has_a_row():
@@ -268,3 +272,22 @@ def test_a_closed_machine_gives_its_memory_back():
         assert run(main()) < 96 << 20
     finally:
         gc.enable()
+
+
+def test_typed_input_comes_a_fifo_at_a_time():
+    """A kernel's interrupt handler reads until there is no more. Where that never comes it gives up, and is deaf."""
+    counts = bytearray()
+
+    async def main():
+        async with Vm(Host(1), memory=1 << 20, console=counts.extend) as vm:
+            vm.load(COUNT_BURSTS)
+            vm.start()
+            await asyncio.sleep(0.001)
+            vm.feed_console(bytes(300))
+            await asyncio.sleep(0.003)
+            vm.stop()
+            await vm.finished()
+
+    run(main())
+    assert sum(counts) == 300
+    assert max(counts) == 16

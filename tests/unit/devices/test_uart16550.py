@@ -208,6 +208,16 @@ def test_no_room_for_a_break():
     assert not port.uart.feed_break(0)
 
 
+def test_the_line_is_told_when_loopback_ends():
+    port = Port()
+    port.outb(4, 0x10)
+    assert (port.uart.room, port.uart.empty, port.rooms) == (0, True, 0)
+    port.outb(4, 0x0B)
+    assert (port.uart.room, port.uart.empty, port.rooms) == (1, True, 1)
+    port.uart.feed(b"a", 0)
+    assert not port.uart.empty
+
+
 def test_loopback_data_and_overrun():
     port = Port()
     port.outb(4, 0x10)
