@@ -256,6 +256,34 @@ def test_cancelled_twice_in_mid_slice(run):
     assert workers() == []
 
 
+@pytest.mark.parametrize("turns", range(5))
+def test_a_machine_cancelled_twice_still_ends_and_closes(run, turns):
+    """A deadline, then the loop's end or a TaskGroup's: the second comes while the vCPUs are waited for."""
+
+    async def main():
+        vm = Vm(Host(1), vcpus=2, memory=1 << 20)
+
+        async def serve():
+            async with vm:
+                vm.load(NEVER_END)
+                await vm.run()
+
+        task = asyncio.create_task(serve())
+        await asyncio.sleep(0.01)
+        for _ in range(2):
+            task.cancel()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert vm.life is LifeState.CLOSED
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(main())
+    assert workers() == []
+
+
 def test_a_guest_that_ends_itself_badly(run):
     async def main():
         async with Vm(Host(1), memory=1 << 20) as vm:
