@@ -21,6 +21,7 @@ import asyncio
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, TypeVarTuple
+from weakref import WeakKeyDictionary
 
 from aiovm.clock import MOST_TURNS, Alarm, Timer, VirtualClock, WallClock
 from aiovm.costs import Costs
@@ -65,8 +66,16 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__()
         self.clock.ready = self._ready  # type: ignore[attr-defined]
         self._outside = 0
-        #: Says who waits for what, for the message of a stall.
-        self.describe: Callable[[], str] = lambda: "no machine"
+        #: The hosts that live here, in the order in which they were made.
+        self._hosts: WeakKeyDictionary[Host, None] = WeakKeyDictionary()
+
+    def add_host(self, host: Host) -> None:
+        """``host`` lives here: the message of a stall tells of its threads."""
+        self._hosts[host] = None
+
+    def describe(self) -> str:
+        """Who waits for what, for the message of a stall."""
+        return "; ".join(host.describe() for host in self._hosts if host.threads) or "no machine"
 
     def time(self) -> float:
         """The virtual time in seconds, as asyncio wants it."""
@@ -199,9 +208,13 @@ class Host:
             raise ConfigError(f"a host has {_MAX_PCPUS} physical CPUs at most, not {pcpus}")
         if policy is not None and not isinstance(policy, Policy):
             raise ConfigError(f"policy: {policy!r} is no Policy; aiovm.policy.by_name makes one from its name")
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise StateError("a host is made on a running event loop: in a coroutine, under aiovm.run, say") from None
         if clock is None:
             clock = loop.clock if isinstance(loop, VirtualLoop) else WallClock()
+        self._loop = loop
         self.clock = clock
         self.costs = Costs() if costs is None else costs
         self._switch_ns = self.costs.context_switch_ns if clock.is_virtual else 0
@@ -220,7 +233,12 @@ class Host:
         if isinstance(clock, VirtualClock):
             clock.lookahead = self.costs.quantum_ns
         if isinstance(loop, VirtualLoop):
-            loop.describe = self.describe
+            loop.add_host(self)
+
+    def check_loop(self) -> None:
+        """:class:`StateError` on another event loop than the host's own, be it of another thread or a later one."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise StateError("a host and its machines live on the event loop on which the host was made")
 
     def save(self) -> HostState:
         """The scheduler's state while every thread is blocked; the threads' own is each machine's."""

@@ -135,6 +135,7 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
             raise ConfigError(f"memory of {memory:#x} bytes: 1M to {_MAX_MEMORY >> 30}G, in whole pages")
         if console is not None and not callable(console):
             raise ConfigError(f"console: {console!r} cannot be called")
+        host.check_loop()
         self.host = host
         self.number = host.register_machine(self)
         self.clock = host.clock
@@ -234,11 +235,14 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
 
     # ---- life --------------------------------------------------------------------------------------------------
 
-    def _move(self, event: LifeEvent) -> None:
+    def _following(self, event: LifeEvent) -> LifeState:
         following = LIFE[self.life].get(event)
         if following is None:
             raise StateError(f"a machine that is {self.life.value} cannot {event.value}")
-        self.life = following
+        return following
+
+    def _move(self, event: LifeEvent) -> None:
+        self.life = self._following(event)
 
     def load(
         self,
@@ -274,6 +278,9 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
 
     def start(self) -> None:
         """:meth:`run` in the background; :meth:`finished` waits for it."""
+        if self._running is not None:
+            raise StateError("the machine was started already")
+        self._following(LifeEvent.RUN)
         self._running = asyncio.create_task(self.run(), name=f"vm-{self.number}")
 
     async def finished(self) -> Outcome:
@@ -296,6 +303,7 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
         return outcome
 
     async def _run(self) -> Outcome:
+        self.host.check_loop()
         self._move(LifeEvent.RUN)
         tasks = [asyncio.create_task(self._drive(v), name=f"vcpu-{self.number}.{v.index}") for v in self.vcpus]
         try:

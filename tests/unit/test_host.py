@@ -1,7 +1,9 @@
 """The host: who is on which CPU, when slices end, directed yield's three answers, steal time to the nanosecond."""
 
 import asyncio
+import gc
 import itertools
+import weakref
 
 import pytest
 
@@ -122,6 +124,32 @@ def test_a_stall_names_the_hosts_threads():
 
     with pytest.raises(DeadlockError, match="a blocked"):
         run(main())
+
+
+def test_a_stall_names_the_threads_of_every_host():
+    async def main():
+        hosts = [host_of(1), host_of(1), host_of(1)]
+        Guest(hosts[0], "a")
+        Guest(hosts[1], "b")
+        await asyncio.Event().wait()
+        del hosts
+
+    with pytest.raises(DeadlockError, match=r"at 0 ns: a blocked; b blocked$"):
+        run(main())
+
+
+def test_a_loop_does_not_keep_its_hosts():
+    async def main():
+        host = weakref.ref(host_of(1))
+        gc.collect()
+        return host()
+
+    assert run(main()) is None
+
+
+def test_a_host_is_made_on_a_running_loop():
+    with pytest.raises(StateError, match="running event loop"):
+        Host(1)
 
 
 @pytest.mark.wall

@@ -159,6 +159,52 @@ def test_what_is_wanted_of_a_closed_machine_is_refused_or_done_to_nobody(start):
     start(main())
 
 
+@pytest.mark.parametrize("start", [run, run_wall], ids=["virtual", "wall"])
+def test_a_machine_runs_on_its_hosts_loop_alone(start):
+    async def make():
+        vm = Vm(Host(1), memory=1 << 20)
+        vm.load(END)
+        return vm
+
+    async def on_another(vm):
+        with pytest.raises(StateError, match="the event loop on which the host was made"):
+            await vm.run()
+        with pytest.raises(StateError, match="the event loop on which the host was made"):
+            Vm(vm.host, memory=1 << 20)
+
+    async def main():
+        vm = await make()
+        await asyncio.to_thread(start, on_another(vm))
+        assert (await vm.run()).status == 1  # none the worse
+        vm.close()
+        assert vm.host.machines == []
+
+    start(main())
+    start(on_another(start(make())))  # the loop of the first is closed
+
+
+def test_a_machine_is_started_once():
+    async def main():
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            with pytest.raises(StateError, match="new cannot run"):
+                vm.start()
+            vm.load(END)
+            vm.start()
+            with pytest.raises(StateError, match="started already"):
+                vm.start()
+            assert (await vm.finished()).status == 1
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            vm.load(NEVER_END)
+            running = asyncio.create_task(vm.run())
+            await asyncio.sleep(0.001)
+            with pytest.raises(StateError, match="running cannot run"):
+                vm.start()
+            vm.stop()
+            await running
+
+    run(main())
+
+
 @pytest.mark.parametrize("base", [1 << 40, (1 << 52) - 4096])
 def test_memory_that_no_address_reaches_is_refused_before_anything_changes(base):
     async def main():
