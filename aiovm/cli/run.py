@@ -74,6 +74,7 @@ def _run(
     gdb: Annotated[
         int | None, typer.Option(help="Wait for GDB on this port: target remote localhost:PORT, then continue.")
     ] = None,
+    gdb_bits: Annotated[int, typer.Option(help="32: GDB sees an i386, for guests in 32 bits.")] = 64,
 ) -> None:
     """Run a guest until it ends.
 
@@ -143,7 +144,7 @@ def _run(
         return vm
 
     async def main() -> tuple[Outcome, dict[str, object]]:
-        async with make() as vm, saving(vm, save, when), _debugged(vm, gdb):
+        async with make() as vm, saving(vm, save, when), _debugged(vm, gdb, gdb_bits):
             host = vm.host
             until = None if limit is None else host.clock.now() + limit
             task = asyncio.ensure_future(vm.run())
@@ -191,12 +192,12 @@ def _run(
 
 
 @asynccontextmanager
-async def _debugged(vm: Vm, port: int | None) -> AsyncIterator[None]:
+async def _debugged(vm: Vm, port: int | None, bits: int) -> AsyncIterator[None]:
     """With GDB on ``port``, the guest waits for it."""
     if port is None:
         yield
         return
-    async with GdbServer(vm, port) as server:
+    async with GdbServer(vm, port, bits=bits) as server:
         print(f"waiting for gdb: target remote localhost:{server.port}", file=sys.stderr, flush=True)
         yield
 

@@ -1,11 +1,12 @@
 """What GDB is told of this CPU, and its registers in that order.
 
-The target description names GDB's own features for x86-64 (general registers, x87, SSE, segment bases) and one more
-with the control registers, which GDB shows beside the others. One table makes the description, reads and writes, so
-that they cannot disagree.
+The target description names GDB's own features for x86-64 or i386 (general registers, x87, SSE, segment bases) and one
+more with the control registers, which GDB shows beside the others. One table makes the description, reads and writes,
+so that they cannot disagree.
 
-Source: the GDB manual, appendix G ("Target Descriptions", "i386 Features"). Guests in 16 or 32 bits are shown with the
-same 64-bit registers. FIOFF and its likes, which x87 instructions leave behind, read as the core keeps them.
+Source: the GDB manual, appendix G ("Target Descriptions", "i386 Features"). GDB reads the description once, when it
+connects, and neither side can tell then what the guest's symbols are for: who debugs says so (:data:`DESCRIPTIONS`).
+FIOFF and its likes, which x87 instructions leave behind, read as the core keeps them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from aiovm.kvm_structs import KvmFpu
     from aiovm.vcpu import Vcpu
 
-__all__ = ["PC", "REGISTERS", "TARGET_XML", "Register", "read", "write"]
+__all__ = ["DESCRIPTIONS", "Description", "Register"]
 
 
 class Register(NamedTuple):
@@ -41,26 +42,34 @@ _CORE, _SSE, _SEGMENTS, _SYSTEM = (
 _GPRS: Final = (
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 )  # fmt: skip
-_POINTERS: Final = {"rbp": "data_ptr", "rsp": "data_ptr"}
+#: i386's, in GDB's order; each is the low half of its namesake.
+_GPRS_32: Final = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
+_WIDE: Final = {name: "r" + name[1:] for name in (*_GPRS_32, "eip")}
+_POINTERS: Final = ("rbp", "rsp", "ebp", "esp")
 _SELECTORS: Final = ("cs", "ss", "ds", "es", "fs", "gs")
 _X87: Final = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
+_BASES: Final = ("fs_base", "gs_base")
 _CONTROL: Final = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 
-REGISTERS: Final[tuple[Register, ...]] = (
-    *(Register(name, 64, _POINTERS.get(name, "int64"), _CORE) for name in _GPRS),
-    Register("rip", 64, "code_ptr", _CORE),
-    Register("eflags", 32, "x86_eflags", _CORE),
-    *(Register(name, 32, "int32", _CORE) for name in _SELECTORS),
-    *(Register(f"st{n}", 80, "i387_ext", _CORE) for n in range(8)),
-    *(Register(name, 32, "int", _CORE, "float") for name in _X87),
-    *(Register(f"xmm{n}", 128, "vec128", _SSE) for n in range(16)),
-    Register("mxcsr", 32, "int", _SSE, "vector"),
-    Register("fs_base", 64, "int", _SEGMENTS),
-    Register("gs_base", 64, "int", _SEGMENTS),
-    *(Register(name, 64, "int", _SYSTEM, "system") for name in _CONTROL),
-)
-#: RIP's number.
-PC: Final = 16
+
+def _table(bits: int) -> tuple[Register, ...]:
+    long = bits == 64
+    return (
+        *(
+            Register(name, bits, "data_ptr" if name in _POINTERS else f"int{bits}", _CORE)
+            for name in (_GPRS if long else _GPRS_32)
+        ),
+        Register("rip" if long else "eip", bits, "code_ptr", _CORE),
+        Register("eflags", 32, "x86_eflags", _CORE),
+        *(Register(name, 32, "int32", _CORE) for name in _SELECTORS),
+        *(Register(f"st{n}", 80, "i387_ext", _CORE) for n in range(8)),
+        *(Register(name, 32, "int", _CORE, "float") for name in _X87),
+        *(Register(f"xmm{n}", 128, "vec128", _SSE) for n in range(16 if long else 8)),
+        Register("mxcsr", 32, "int", _SSE, "vector"),
+        *(Register(name, bits, "int", _SEGMENTS if long else _SYSTEM) for name in _BASES),
+        *(Register(name, bits, "int", _SYSTEM, "system") for name in _CONTROL),
+    )
+
 
 _FLAGS: Final = (
     (0, "CF"), (2, "PF"), (4, "AF"), (6, "ZF"), (7, "SF"), (8, "TF"), (9, "IF"), (10, "DF"), (11, "OF"), (14, "NT"),
@@ -68,7 +77,7 @@ _FLAGS: Final = (
 )  # fmt: skip
 
 
-def _target_xml() -> str:
+def _target_xml(architecture: str, registers: tuple[Register, ...]) -> str:
     types = {
         _CORE: '<flags id="x86_eflags" size="4">'
         + "".join(f'<field name="{name}" start="{bit}" end="{bit}"/>' for bit, name in _FLAGS)
@@ -82,11 +91,11 @@ def _target_xml() -> str:
         '<field name="uint128" type="uint128"/></union>',
     }
     out = ['<?xml version="1.0"?><!DOCTYPE target SYSTEM "gdb-target.dtd"><target version="1.0">']
-    out.append("<architecture>i386:x86-64</architecture>")
+    out.append(f"<architecture>{architecture}</architecture>")
     number = 0
-    for feature in (_CORE, _SSE, _SEGMENTS, _SYSTEM):
+    for feature in dict.fromkeys(register.feature for register in registers):
         out.append(f'<feature name="{feature}">{types.get(feature, "")}')
-        for register in REGISTERS:
+        for register in registers:
             if register.feature == feature:
                 group = f' group="{register.group}"' if register.group else ""
                 out.append(
@@ -99,52 +108,73 @@ def _target_xml() -> str:
     return "".join(out)
 
 
-TARGET_XML: Final = _target_xml()
+class Description:
+    """A CPU as GDB is told of it: ``registers`` in their order, and ``xml``, the same for GDB."""
+
+    def __init__(self, bits: int) -> None:
+        self.registers: Final = _table(bits)
+        self.xml: Final = _target_xml("i386:x86-64" if bits == 64 else "i386", self.registers)
+
+    def read(self, vcpu: Vcpu) -> list[bytes]:
+        """Every register's bytes, little-endian, in the description's order."""
+        values = _values(vcpu)
+        return [
+            (values[_WIDE.get(name, name)] & ((1 << bits) - 1)).to_bytes(bits // 8, "little")
+            for name, bits, *_ in self.registers
+        ]
+
+    def write(self, vcpu: Vcpu, number: int, data: bytes) -> bool:
+        """Store one register; False when it does not exist, does not take the value, or has another size.
+
+        What is stored to a register of 32 bits clears the half above, as an instruction does.
+        """
+        if not 0 <= number < len(self.registers) or len(data) * 8 != self.registers[number].bits:
+            return False
+        name = self.registers[number].name
+        try:
+            return _store(vcpu, _WIDE.get(name, name), data)
+        except ConfigError:
+            return False
 
 
-def read(vcpu: Vcpu) -> list[bytes]:
-    """Every register's bytes, little-endian, in the description's order."""
+#: By the bits of the guest's code.
+DESCRIPTIONS: Final = {bits: Description(bits) for bits in (64, 32)}
+
+
+def _values(vcpu: Vcpu) -> dict[str, int]:
     regs, sregs, fpu = vcpu.get_regs(), vcpu.get_sregs(), vcpu.get_fpu()
     x87 = (fpu.fcw, fpu.fsw, _full_tags(fpu.ftwx), 0, fpu.last_ip, 0, fpu.last_dp, fpu.last_opcode)
-    return [
-        *((getattr(regs, name)).to_bytes(8, "little") for name in _GPRS),
-        regs.rip.to_bytes(8, "little"),
-        regs.rflags.to_bytes(4, "little"),
-        *(getattr(sregs, name).selector.to_bytes(4, "little") for name in _SELECTORS),
-        *(value[:10] for value in fpu.fpr),
-        *((value & 0xFFFF_FFFF).to_bytes(4, "little") for value in x87),
-        *fpu.xmm,
-        fpu.mxcsr.to_bytes(4, "little"),
-        sregs.fs.base.to_bytes(8, "little"),
-        sregs.gs.base.to_bytes(8, "little"),
-        *(getattr(sregs, name).to_bytes(8, "little") for name in _CONTROL),
-    ]
+    return {
+        **{name: getattr(regs, name) for name in (*_GPRS, "rip")},
+        "eflags": regs.rflags,
+        **{name: getattr(sregs, name).selector for name in _SELECTORS},
+        **{f"st{n}": int.from_bytes(value, "little") for n, value in enumerate(fpu.fpr)},
+        **dict(zip(_X87, x87, strict=True)),
+        **{f"xmm{n}": int.from_bytes(value, "little") for n, value in enumerate(fpu.xmm)},
+        "mxcsr": fpu.mxcsr,
+        "fs_base": sregs.fs.base,
+        "gs_base": sregs.gs.base,
+        **{name: getattr(sregs, name) for name in _CONTROL},
+    }
 
 
-def write(vcpu: Vcpu, number: int, data: bytes) -> bool:
-    """Store one register; False when it does not exist, does not take the value, or has another size."""
-    if not 0 <= number < len(REGISTERS) or len(data) * 8 != REGISTERS[number].bits:
-        return False
-    name = REGISTERS[number].name
+def _store(vcpu: Vcpu, name: str, data: bytes) -> bool:
     value = int.from_bytes(data, "little")
-    try:
-        if name in _GPRS or name == "rip":
-            vcpu.set_regs(replace(vcpu.get_regs(), **{name: value}))
-        elif name == "eflags":
-            vcpu.set_regs(replace(vcpu.get_regs(), rflags=value))
-        elif name in _CONTROL:
-            control: dict[str, Any] = {name: value}
-            vcpu.set_sregs(replace(vcpu.get_sregs(), **control))
-        elif name in ("fs_base", "gs_base"):
-            sregs = vcpu.get_sregs()
-            segment = replace(getattr(sregs, name[:2]), base=value)
-            vcpu.set_sregs(replace(sregs, **{name[:2]: segment}))
-        elif name in _SELECTORS:
-            return False  # a selector alone says nothing: the hidden part would not follow
-        else:
-            vcpu.set_fpu(_with_fpu(vcpu.get_fpu(), name, value, data))
-    except ConfigError:
-        return False
+    if name in _GPRS or name == "rip":
+        vcpu.set_regs(replace(vcpu.get_regs(), **{name: value}))
+    elif name == "eflags":
+        vcpu.set_regs(replace(vcpu.get_regs(), rflags=value))
+    elif name in _CONTROL:
+        control: dict[str, Any] = {name: value}
+        vcpu.set_sregs(replace(vcpu.get_sregs(), **control))
+    elif name in _BASES:
+        sregs = vcpu.get_sregs()
+        segment = replace(getattr(sregs, name[:2]), base=value)
+        vcpu.set_sregs(replace(sregs, **{name[:2]: segment}))
+    elif name in _SELECTORS:
+        return False  # a selector alone says nothing: the hidden part would not follow
+    else:
+        vcpu.set_fpu(_with_fpu(vcpu.get_fpu(), name, value, data))
     return True
 
 

@@ -20,9 +20,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from aiovm.errors import ConfigError, TripleFault
-from aiovm.gdb import registers
 from aiovm.gdb.control import Action, DebugSession, Stop, Watch
 from aiovm.gdb.packets import INTERRUPT, LONGEST, PacketStream, escape, unescape
+from aiovm.gdb.registers import DESCRIPTIONS, Description
 from aiovm.units import format_ns
 
 if TYPE_CHECKING:
@@ -53,14 +53,18 @@ class GdbServer:
     """Listens on ``host``:``port`` (0: a free one, see :attr:`port`) for a debugger of ``vm``.
 
     Make it before the machine runs: it stops before its first instruction, until a debugger lets it go.
+    ``bits``: 32 shows GDB an i386, for guests whose code is 32 bits (or 16); 64 an x86-64.
     """
 
-    def __init__(self, vm: Vm, port: int = 0, *, host: str = "127.0.0.1") -> None:
+    def __init__(self, vm: Vm, port: int = 0, *, host: str = "127.0.0.1", bits: int = 64) -> None:
         if not 0 <= port <= 0xFFFF:
             raise ConfigError(f"port {port}: 0 to 65535")
+        if bits not in DESCRIPTIONS:
+            raise ConfigError(f"gdb is shown registers of 32 or 64 bits, not {bits!r}")
         self.vm = vm
         self.port = port
         self._host = host
+        self._description = DESCRIPTIONS[bits]
         self._server: asyncio.Server | None = None
         self._session: DebugSession | None = None
         self._busy = False
@@ -105,7 +109,7 @@ class GdbServer:
                 self._busy = True
                 if self._session is None:
                     self._session = DebugSession(self.vm)
-                client = _Client(self.vm, self._session, PacketStream(reader, writer), self._ended)
+                client = _Client(self.vm, self._session, self._description, PacketStream(reader, writer), self._ended)
                 await client.serve()
                 if not self._ended.done():
                     self._session.detach()
@@ -121,9 +125,17 @@ class GdbServer:
 class _Client:
     """One GDB."""
 
-    def __init__(self, vm: Vm, session: DebugSession, stream: PacketStream, ended: asyncio.Future[bytes]) -> None:
+    def __init__(
+        self,
+        vm: Vm,
+        session: DebugSession,
+        description: Description,
+        stream: PacketStream,
+        ended: asyncio.Future[bytes],
+    ) -> None:
         self._vm = vm
         self._session = session
+        self._description = description
         self._stream = stream
         self._ended = ended
         self._current = 0
@@ -269,7 +281,7 @@ class _Client:
             case "?":
                 return self._stop_reply()
             case "g":
-                return b"".join(registers.read(self._vcpu)).hex().encode()
+                return b"".join(self._description.read(self._vcpu)).hex().encode()
             case "G":
                 return self._write_all(rest)
             case "p":
@@ -315,26 +327,26 @@ class _Client:
         if data is None:
             return _BAD
         at = 0
-        for number, register in enumerate(registers.REGISTERS):
+        for number, register in enumerate(self._description.registers):
             size = register.bits // 8
             if at + size > len(data):
                 break
-            registers.write(self._vcpu, number, data[at : at + size])
+            self._description.write(self._vcpu, number, data[at : at + size])
             at += size
         return _OK
 
     def _read_one(self, text: str) -> bytes:
         number = _hex(text)
-        if number is None or number >= len(registers.REGISTERS):
+        if number is None or number >= len(self._description.registers):
             return _BAD
-        return registers.read(self._vcpu)[number].hex().encode()
+        return self._description.read(self._vcpu)[number].hex().encode()
 
     def _write_one(self, text: str) -> bytes:
         name, _, value = text.partition("=")
         number, data = _hex(name), _bytes(value)
         if number is None or data is None:
             return _BAD
-        return _OK if registers.write(self._vcpu, number, data) else _BAD
+        return _OK if self._description.write(self._vcpu, number, data) else _BAD
 
     def _read_memory(self, text: str) -> bytes:
         where = _range(text)
@@ -385,7 +397,7 @@ class _Client:
         where = _range(place)
         if what != "features:read:target.xml" or where is None:
             return b"E00"
-        xml = registers.TARGET_XML.encode()
+        xml = self._description.xml.encode()
         piece = xml[where[0] : where[0] + min(where[1], LONGEST // 2)]
         more = where[0] + len(piece) < len(xml)
         return (b"m" if more else b"l") + escape(piece)

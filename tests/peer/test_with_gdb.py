@@ -19,18 +19,20 @@ pytestmark = [
 ]
 
 
-def debug(guest, *commands, vcpus=1, clock="virtual", append=""):
+def debug(guest, *commands, vcpus=1, clock="virtual", append="", bits=64):
     """GDB's output and the guest's status, after ``aiovm run --gdb``."""
     run = [sys.executable, "-m", "aiovm", "run", str(guests.path(guest)), "--vcpus", str(vcpus), "--clock", clock]
     machine = subprocess.Popen(
-        [*run, "--append", append, "--gdb", "0", "--console", "null"], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        [*run, "--append", append, "--gdb", "0", "--gdb-bits", str(bits), "--console", "null"],
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
     )
     try:
         port = re.search(rb"localhost:(\d+)", machine.stderr.readline())[1].decode()
         script = [
             "set confirm off",
             "set pagination off",
-            "set architecture i386:x86-64",
+            *(["set architecture i386:x86-64"] if bits == 64 else []),
             f"target remote localhost:{port}",
             *commands,
         ]
@@ -65,6 +67,19 @@ def test_break_at_a_function_look_and_go_on_to_the_end(clock):
     assert re.search(r"efer +0x\w*d00", said)
     assert "=> 0x" in said
     assert "$2 = 1" in said
+    assert status == 1, said
+
+
+def test_a_guest_in_32_bits():
+    said, status = debug(
+        "hello", "info registers eip esp", "stepi", "stepi", "p $eax", "x/i $pc", "set var $esi = 7", "p $esi",
+        "detach", bits=32,
+    )  # fmt: skip
+    assert re.search(r"eip +0x20\w+ ", said)
+    assert "=> 0x20" in said
+    assert "$2 = 7" in said
+    assert "rejected" not in said
+    assert "too long" not in said
     assert status == 1, said
 
 

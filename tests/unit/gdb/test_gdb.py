@@ -12,7 +12,7 @@ from aiovm import guests
 from aiovm.errors import ConfigError, StateError, TripleFault
 from aiovm.gdb import DebugSession, GdbServer
 from aiovm.gdb.packets import INTERRUPT, PacketStream, escape, frame, unescape
-from aiovm.gdb.registers import REGISTERS, TARGET_XML
+from aiovm.gdb.registers import DESCRIPTIONS
 from aiovm.loop import Host, run
 from aiovm.vm import Vm
 
@@ -86,10 +86,16 @@ def test_garbage_on_the_wire_ends_in_packets_or_nothing():
     run(main())
 
 
-def test_the_description_numbers_each_register_once():
-    assert [TARGET_XML.count(f'regnum="{n}"') for n in range(len(REGISTERS))] == [1] * len(REGISTERS)
-    assert REGISTERS[16].name == "rip"
-    assert sum(r.bits for r in REGISTERS[:24]) == 17 * 64 + 7 * 32
+@pytest.mark.parametrize(
+    ("bits", "architecture", "pc", "core"), [(64, "i386:x86-64", 16, 17 * 64 + 7 * 32), (32, "i386", 8, 16 * 32)]
+)
+def test_the_description_numbers_each_register_once(bits, architecture, pc, core):
+    description = DESCRIPTIONS[bits]
+    registers = description.registers
+    assert f"<architecture>{architecture}</architecture>" in description.xml
+    assert [description.xml.count(f'regnum="{n}"') for n in range(len(registers))] == [1] * len(registers)
+    assert registers[pc].type == "code_ptr"
+    assert sum(r.bits for r in registers[: pc + 8]) == core
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------
@@ -112,13 +118,13 @@ class Client:
         return data[data.index(b"$") + 1 : -1]
 
 
-def talk(code, dialogue, *, vcpus=1, name="image"):
+def talk(code, dialogue, *, vcpus=1, name="image", bits=64):
     """``dialogue(client, vm)`` with a machine that stands before its first instruction; how the machine ended."""
 
     async def main():
         async with Vm(Host(1), vcpus=vcpus, memory=1 << 20) as vm:
             vm.load(code, name=name)
-            async with GdbServer(vm) as server:
+            async with GdbServer(vm, bits=bits) as server:
                 running = asyncio.create_task(vm.run())
                 client = Client(*await asyncio.open_connection("127.0.0.1", server.port))
                 await dialogue(client, vm)
@@ -136,7 +142,7 @@ def test_it_waits_before_the_first_instruction():
         assert vm.vcpus[0].context.state.rip == 0x7C00
         assert await gdb.ask(b"p10") == b"007c000000000000"
         registers = bytes.fromhex((await gdb.ask(b"g")).decode())
-        assert len(registers) == sum(r.bits for r in REGISTERS) // 8
+        assert len(registers) == sum(r.bits for r in DESCRIPTIONS[64].registers) // 8
         assert registers[128:136] == (0x7C00).to_bytes(8, "little")
 
     assert talk(LOOP, dialogue).reason == "stopped"
@@ -268,7 +274,7 @@ def test_registers_are_written():
         assert vm.vcpus[0].context.state.rflags == 0x246
         assert await gdb.ask(b"P10=027c000000000000") == b"OK"
         assert vm.vcpus[0].context.state.rip == 0x7C02
-        xmm3 = next(n for n, r in enumerate(REGISTERS) if r.name == "xmm3")
+        xmm3 = next(n for n, r in enumerate(DESCRIPTIONS[64].registers) if r.name == "xmm3")
         assert await gdb.ask(b"P%x=%s" % (xmm3, b"0123456789abcdef" * 2)) == b"OK"
         assert vm.vcpus[0].get_fpu().xmm[3] == bytes.fromhex("0123456789abcdef" * 2)
         assert await gdb.ask(b"P12=08000000") == b"E16", "a selector alone"
@@ -277,6 +283,38 @@ def test_registers_are_written():
         assert await gdb.ask(b"g") == everything
 
     talk(LOOP, dialogue)
+
+
+def test_an_i386_has_registers_of_32_bits():
+    async def dialogue(gdb, vm):
+        state = vm.vcpus[0].context.state
+        assert b"<architecture>i386</architecture>" in await gdb.ask(b"qXfer:features:read:target.xml:0,100")
+        assert await gdb.ask(b"p8") == b"007c0000", "EIP"
+        assert await gdb.ask(b"P1=efbeadde") == b"OK", "ECX"
+        assert state.gpr[1] == 0xDEADBEEF
+        assert await gdb.ask(b"P3=0100000000000000") == b"E16", "EBX, of 64 bits"
+        state.gpr[3] = 0x1_0000_0002
+        assert await gdb.ask(b"p3") == b"02000000"
+        assert await gdb.ask(b"P3=05000000") == b"OK"
+        assert state.gpr[3] == 5
+        everything = await gdb.ask(b"g")
+        assert len(everything) == 2 * sum(r.bits for r in DESCRIPTIONS[32].registers) // 8
+        assert everything[:64] == b"".join(
+            vm.vcpus[0].context.state.gpr[n].to_bytes(4, "little").hex().encode() for n in range(8)
+        )
+        assert await gdb.ask(b"G" + everything) == b"OK"
+        assert await gdb.ask(b"g") == everything
+
+    talk(LOOP, dialogue, bits=32)
+
+
+def test_registers_have_32_or_64_bits():
+    async def main():
+        async with Vm(Host(1), memory=1 << 20) as vm:
+            with pytest.raises(ConfigError, match="32 or 64 bits, not 16"):
+                GdbServer(vm, bits=16)
+
+    run(main())
 
 
 def test_every_vcpu_is_a_thread():
