@@ -28,6 +28,7 @@ line is always on), PCI, a display, a keyboard, disks; parallel port, second ser
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -158,6 +159,8 @@ class Pc:
     ) -> None:
         self._board = board
         self._wires: list[IrqLine] = []
+        #: Saved levels of wires that the program laid, for when it lays them again.
+        self._relaid: deque[bool] = deque()
         self.pic = Pic8259(
             self._wire(IrqLine(self._intr)),
             on_acknowledge=self._isa_acknowledged,
@@ -238,11 +241,13 @@ class Pc:
 
     def restore(self, state: PcState) -> None:
         """Take over a saved state; deadlines are armed by :meth:`rearm_all`."""
-        if len(state.wires) != len(self._wires):
+        if len(state.wires) < len(self._wires):
             raise ConfigError(f"the saved machine has {len(state.wires)} interrupt wires, this one {len(self._wires)}")
         # Wires first: a chip then finds its own as it left it, and no interrupt is raised anew.
-        for wire, level in zip(self._wires, state.wires, strict=True):
-            wire.restore(level)
+        levels = iter(state.wires)
+        for wire in self._wires:
+            wire.restore(next(levels))
+        self._relaid.extend(levels)
         self.hpet.restore(state.hpet)
         self.pit.restore(state.pit)
         self.rtc.restore(state.rtc)
@@ -264,7 +269,10 @@ class Pc:
     # ---- wires -------------------------------------------------------------------------------------------------
 
     def new_line(self, gsi: int) -> IrqLine:
-        """A device's own wire to ``gsi``: the I/O APIC's pin and, below 16 but for the cascade, the 8259's."""
+        """A device's own wire to ``gsi``: the I/O APIC's pin and, below 16 but for the cascade, the 8259's.
+
+        In a restored machine the program's own, laid in the same order again, have the levels that were saved.
+        """
         pin = self._wire(self.ioapic.new_line(_TIMER_PIN if gsi == _TIMER_GSI else gsi))
         if gsi >= 16 or gsi == _TIMER_PIN:
             return pin
@@ -277,6 +285,8 @@ class Pc:
         return self._wire(IrqLine(sink))
 
     def _wire(self, line: IrqLine) -> IrqLine:
+        if self._relaid:
+            line.restore(self._relaid.popleft())
         self._wires.append(line)
         return line
 

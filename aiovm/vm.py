@@ -101,7 +101,8 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
     ``features``: what KVM's CPUID leaf promises. ``native``, ``pointers``: the engine's paths, for tests.
     ``wall_slice_ns``: a slice's length on the wall clock, charged ns; six times that when no other vCPU wants to run.
     ``nodes``: NUMA nodes, each with an equal share of CPUs and memory.
-    ``console``: called with each byte string that the guest writes to its first serial port.
+    ``console``: called with each byte string that the guest writes to its first serial port; on the wall clock in the
+    machine's own thread. What it raises, :meth:`run` raises.
     ``virtio``: what stands behind its virtio devices (:mod:`aiovm.backends`), in the order in which it finds them.
     """
 
