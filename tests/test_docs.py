@@ -87,3 +87,12 @@ def test_what_shows_a_claim_exists():
     named = [name for words in re.findall(r"`python -m benchmarks ([^`]+)`", text) for name in words.split()]
     assert named
     assert set(named) <= benchmarks
+
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
