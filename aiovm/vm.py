@@ -315,8 +315,10 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
                     task.result()
             return self._ended.result()
         finally:
-            try:
-                await _cancelled(tasks)
+            for task in tasks:
+                task.cancel()
+            try:  # a second cancellation comes out of it, when all have ended
+                await asyncio.gather(*tasks, return_exceptions=True)
             finally:
                 self._move(LifeEvent.END)
                 self._no_rest()
@@ -546,22 +548,3 @@ class Vm(VmIoctls, VmInterrupts, VmSlices, VmRest):
     def describe(self) -> str:
         """Every vCPU's state in one line."""
         return "; ".join(v.describe() for v in self.vcpus)
-
-
-async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel ``tasks``; return when all have ended, however often the caller is cancelled meanwhile."""
-    again: asyncio.CancelledError | None = None
-    for task in tasks:
-        task.cancel()
-    while not all(task.done() for task in tasks):
-        try:
-            await asyncio.wait(tasks)
-        except asyncio.CancelledError as error:
-            again = error
-            for task in tasks:
-                task.cancel()
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # the first is raised by who runs them
-    if again is not None:
-        raise again
