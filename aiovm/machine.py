@@ -57,8 +57,8 @@ class Machine(Protocol):
     runs_ahead: bool
     #: On the wall clock: a slice's length, in ns of charged guest code.
     wall_slice_ns: int
-    #: When the last slice began that had to wait for its turn, ns; 0 if it had not. On the wall clock.
-    slice_began: int
+    #: On the wall clock: how long the slice that ended last had waited for its turn, ns.
+    slice_waited: int
 
     @property
     def clock(self) -> Clock: ...

@@ -499,11 +499,10 @@ class Vcpu(VcpuHalt, VcpuRequests, VcpuIoctls):
                 else:
                     if eoi.enabled:
                         self._arm_eoi()
-                    asked = clock.now()
                     exit_ = await vm.run_slice(context, vm.wall_slice_ns)
                     self.mode = VcpuMode.OUTSIDE
-                    if vm.slice_began > asked:
-                        thread.run_delay += vm.slice_began - asked
+                    if vm.slice_waited:
+                        thread.run_delay += vm.slice_waited
                         self.make_request(Request.STEAL_UPDATE)
                     if eoi.pending:
                         self.harvest_eoi()

@@ -49,7 +49,7 @@ class VmSlices:
         self._kicked: set[Context] = set()
         self._inbox: deque[Callable[[], object]] = deque()
         self._baton = asyncio.Lock()
-        self.slice_began = 0
+        self.slice_waited = 0
         #: How many wait for the baton: vCPUs with a slice, and who wants to come between slices.
         self._queued = self._visitors = 0
         loop = asyncio.get_running_loop()
@@ -96,13 +96,13 @@ class VmSlices:
         self._baton.release()
 
     async def run_slice(self, context: Context, budget: int) -> Exit:
-        waits = self._queued or self._baton.locked()
+        asked = self.clock.now() if self._queued or self._baton.locked() else None
         self._queued += 1
         try:
             await self._baton.acquire()
         finally:
             self._queued -= 1
-        self.slice_began = self.clock.now() if waits else 0
+        self.slice_waited = 0 if asked is None else self.clock.now() - asked
         try:
             if context in self._kicked:
                 self._kicked.discard(context)

@@ -54,7 +54,7 @@ class SimMachine:
 
     runs_ahead = False
     wall_slice_ns = 0
-    slice_began = 0
+    slice_waited = 0
     slice_runs = False
 
     def __init__(
