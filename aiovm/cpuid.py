@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from aiovm.paravirt import KvmFeature, kvm_cpuid_leaves
 
-__all__ = ["SIGNATURE", "CpuidTable"]
+__all__ = ["PKRU_STATE", "SIGNATURE", "XCR0_STATES", "CpuidTable"]
 
 Leaf = tuple[int, int, int, int]
 
@@ -36,7 +36,10 @@ _CR4_OSXSAVE, _CR4_PKE = 1 << 18, 1 << 22
 #: The legacy area and the header (SDM vol. 1, 13.4); and PKRU's size and offset, which are those of Intel's processors
 #: with AVX-512, as the core knows no others.
 _XSAVE_BYTES = 576
-_PKRU_STATE, _PKRU_BYTES, _PKRU_AT = 1 << 9, 8, 2688
+_PKRU_BYTES, _PKRU_AT = 8, 2688
+#: What XCR0 may have: x87, SSE, PKRU.
+PKRU_STATE = 1 << 9
+XCR0_STATES = 3 | PKRU_STATE
 _HTT = 1 << 28
 _WITH_SUBLEAF = frozenset({4, 7, 0xB, 0xD})
 
@@ -67,7 +70,7 @@ class CpuidTable:
             # ARCH_CAPABILITIES
             (7, 0): (2, 0x190_018B, 1 << 2 | 1 << 3, 0x2C00_0000),
             (7, 2): (0, 0, 0, 1 << 4),  # BHI_CTRL, which Linux 6.1 asks for although ARCH_CAPABILITIES has BHI_NO
-            (0xD, 0): (3 | _PKRU_STATE, _XSAVE_BYTES, _PKRU_AT + _PKRU_BYTES, 0),  # x87, SSE and PKRU
+            (0xD, 0): (XCR0_STATES, _XSAVE_BYTES, _PKRU_AT + _PKRU_BYTES, 0),
             (0xD, 1): (5, 0, 0, 0),  # XSAVEOPT, XGETBV with ECX 1
             (0xD, 9): (_PKRU_BYTES, _PKRU_AT, 0, 0),
             (0x8000_0000, 0): (0x8000_0008, *_VENDOR),
@@ -109,6 +112,6 @@ class CpuidTable:
             eax, ebx, ecx, edx = found
             if leaf == 7 and cr4 & _CR4_PKE:
                 return eax, ebx, ecx | _OSPKE, edx
-            if leaf == 0xD and xcr0 & _PKRU_STATE:
+            if leaf == 0xD and xcr0 & PKRU_STATE:
                 return eax, ecx, ecx, edx
         return found

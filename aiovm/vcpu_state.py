@@ -23,6 +23,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
 from aiovm.control import refuse_paging
+from aiovm.cpuid import PKRU_STATE, XCR0_STATES
 from aiovm.engine.base import DescriptorTable, Reg, Seg, Segment
 from aiovm.errors import ConfigError, StateError
 from aiovm.kvm_structs import (
@@ -73,8 +74,6 @@ _RFLAGS: Final = 0x3F_7FD7
 #: STI and MOV-SS.
 _SHADOW: Final = 3
 _ALL_EVENTS: Final = 0x3F
-#: The states that CPUID offers for XCR0: x87, SSE, PKRU.
-_XCR0_STATES: Final = 0x203
 
 
 class VcpuIoctls:
@@ -206,7 +205,7 @@ class VcpuIoctls:
     def set_xcrs(self, xcrs: KvmXcrs) -> None:
         """KVM_SET_XCRS: x87, SSE and PKRU are what there is (``__kvm_set_xcr``)."""
         self._between_slices("set_xcrs")
-        if not xcrs.xcr0 & 1 or xcrs.xcr0 & ~_XCR0_STATES:
+        if not xcrs.xcr0 & 1 or xcrs.xcr0 & ~XCR0_STATES:
             raise ConfigError(f"KvmXcrs.xcr0: {xcrs.xcr0:#x} has states that CPUID does not offer, or not x87 (EINVAL)")
         self.context.state.xcr0 = xcrs.xcr0
 
@@ -214,11 +213,11 @@ class VcpuIoctls:
         """KVM_GET_XSAVE: every state, in use or not."""
         fpu = self.get_fpu()
         registers = {field.name: getattr(fpu, field.name) for field in fields(fpu)}
-        return KvmXsave(**registers, xstate_bv=_XCR0_STATES, pkru=self.context.state.pkru)
+        return KvmXsave(**registers, xstate_bv=XCR0_STATES, pkru=self.context.state.pkru)
 
     def set_xsave(self, xsave: KvmXsave) -> None:
         """KVM_SET_XSAVE (``fpu_copy_uabi_to_guest_fpstate``, ``validate_user_xstate_header``)."""
-        if xsave.xstate_bv & ~_XCR0_STATES or xsave.xcomp_bv or any(xsave.reserved):
+        if xsave.xstate_bv & ~XCR0_STATES or xsave.xcomp_bv or any(xsave.reserved):
             raise ConfigError(
                 f"KvmXsave: the header has states that CPUID does not offer, or compaction (EINVAL): xstate_bv "
                 f"{xsave.xstate_bv:#x}, xcomp_bv {xsave.xcomp_bv:#x}, reserved {xsave.reserved}"
@@ -228,7 +227,7 @@ class VcpuIoctls:
         taken += ["xmm"] if has & 2 else []
         taken += ["mxcsr"] if has & 3 else []
         self.set_fpu(KvmFpu(**{name: getattr(xsave, name) for name in taken}))
-        self.context.state.pkru = xsave.pkru if has & 0x200 else 0
+        self.context.state.pkru = xsave.pkru if has & PKRU_STATE else 0
 
     def get_debugregs(self) -> KvmDebugregs:
         """KVM_GET_DEBUGREGS."""
