@@ -72,8 +72,6 @@ class PhysicalSpace:
             [(slot.base, slot.end, slot.host_address, slot.writable, _log_address(slot)) for slot in new.slots]
         )
         engine.core.flush_tlb()
-        if engine.current is not None:
-            engine.current.state.paging_changed = True
 
     def _bring(self, ranges: Sequence[_Range]) -> None:
         """Have these ranges mapped and no others. What stays is left alone."""
