@@ -3,12 +3,11 @@
 By default the kernel is unpacked here and loaded as the ELF file that it is: it starts at once, where the guest's own
 decompressor would run for many emulated seconds. With ``unpack=False`` the decompressor runs, at the address that the
 kernel prefers (a relocatable kernel may move up from it), through the entry 0x200 bytes into its code (the first
-byte of a 32-bit kernel's). So does an image
-that holds no packed kernel (its payload has no bytes: MemTest86+).
+byte of a 32-bit kernel's). So does an image that holds no packed kernel (its payload has no bytes: MemTest86+).
 
 Source: Documentation/arch/x86/boot.rst (Linux 6.16); header fields by their offset there. Modelled: protocol 2.08 and
-later (payload fields), the 32-bit entry and from 2.12 on the 64-bit one. Not modelled: the
-real-mode and EFI entries, KASLR when unpacked here (the kernel lies where it was linked).
+later (payload fields), the 32-bit entry and from 2.12 on the 64-bit one. Not modelled: the real-mode and EFI entries,
+KASLR when unpacked here (the kernel lies where it was linked).
 """
 
 from __future__ import annotations

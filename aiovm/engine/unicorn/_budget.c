@@ -127,8 +127,8 @@ static PyMethodDef methods[] = {
      "guest's): whether it was delivered. If not, nothing has changed."},
     {"addresses", addresses, METH_VARARGS,
      "With the addresses of the core's page walk, of where its CPUState has the TLB, of its look whether to leave, of what puts "
-     "calls of functions and of hooks into blocks, and of the page walk's stores: the addresses of the hooks (block, and on the public path, interrupt, "
-     "translation), of what stands before the page walk, the search for new code's entry and those calls, of the slice's "
+     "calls of functions and of hooks into blocks, and of the page walk's stores: the addresses of the hooks (block, and on "
+     "the public path, interrupt, translation), of what stands before the page walk, the search for new code's entry and those calls, of the slice's "
      "entry, of the hooks of IN and OUT and of loads and stores where no memory is, of what stands before those stores, and "
      "the size of the structure they share."},
     {NULL, NULL, 0, NULL},

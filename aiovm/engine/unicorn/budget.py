@@ -49,6 +49,7 @@ from ctypes import c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiovm.control import MAXPHYADDR
 from aiovm.engine.unicorn import calls, lib
 from aiovm.engine.unicorn.layout import (
     CLASS_TLB_FILL,
@@ -104,8 +105,8 @@ _WALK_STORE: Final = "x86_stl_phys_notdirty_x86_64"
 _UC_WORDS: Final = 0x100
 #: The core's interrupt numbers are below; 0, which it does not use, is a fault that a carried instruction has raised.
 INTERRUPTS: Final = 0x200
-#: Behind the last guest physical address: MAXPHYADDR is 40.
-PHYSICAL_END: Final = 1 << 40
+#: Behind the last guest physical address.
+PHYSICAL_END: Final = 1 << MAXPHYADDR
 FAULTED: Final = 0
 
 
